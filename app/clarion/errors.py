@@ -1,0 +1,155 @@
+"""Every error Clarion raises on purpose, and the HTTP problem each becomes (RFC 9457).
+
+Two sorts. *Weather* (`Unavailable`: the database is away, locked or slow) is logged, waited out and tried
+again. Every other `ClarionError` is an answer to the caller. Anything that is neither is a bug: it ends the
+process, and the leases make that safe.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """What an error looks like over HTTP: its stable `type` is `/problems/<slug>`."""
+
+    slug: str
+    status: int
+    title: str
+    retryable: bool
+    explanation: str
+
+
+class FieldError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One thing wrong with a request: where (a JSON pointer into the body, or a parameter) and what."""
+
+    detail: str
+    pointer: str | None = None
+    parameter: str | None = None
+
+
+class ClarionError(Exception):
+    """An error that names its own HTTP problem; `str(error)` is the problem's `detail`."""
+
+    problem: ClassVar[Problem] = Problem(
+        "internal",
+        500,
+        "Internal error",
+        False,
+        "A bug in Clarion. The log line with this request_id tells more.",
+    )
+
+    def __init__(self, detail: str, *, errors: Sequence[FieldError] = ()) -> None:
+        super().__init__(detail)
+        self.errors = tuple(errors)
+
+
+class Unavailable(ClarionError):
+    """Weather: the database cannot be reached or cannot answer in time. Nothing was acknowledged."""
+
+    problem = Problem(
+        "unavailable", 503, "Service unavailable", True,
+        "The database is away or too slow. The outcome of a write is unknown; wait for Retry-After and try again.",
+    )  # fmt: skip
+    retry_after_seconds = 1
+
+
+class Overloaded(Unavailable):
+    """A bounded buffer or pool is full; nothing was started."""
+
+    problem = Problem(
+        "overloaded", 503, "Overloaded", True,
+        "More work is waiting than the configured bound. Nothing was done; wait for Retry-After and try again.",
+    )  # fmt: skip
+
+
+class Malformed(ClarionError):
+    """The body is not what its media type says it is."""
+
+    problem = Problem("malformed", 400, "Malformed request", False, "The body is not valid JSON in UTF-8.")
+
+
+class Invalid(ClarionError):
+    """The request can be read but breaks a rule; `errors` lists every broken rule with its place."""
+
+    problem = Problem(
+        "invalid",
+        422,
+        "Invalid request",
+        False,
+        "One or more fields break a rule; `errors` lists all of them.",
+    )
+
+
+class Unauthenticated(ClarionError):
+    """No token, or one that is not known."""
+
+    problem = Problem(
+        "unauthenticated", 401, "Authentication required", False,
+        "Send `Authorization: Bearer <token>` with the token from CLARION_API_TOKEN.",
+    )  # fmt: skip
+
+
+class NotFound(ClarionError):
+    """There is no such thing, or no such route."""
+
+    problem = Problem("not-found", 404, "Not found", False, "Nothing has this address, or retention removed it.")
+
+
+class MethodNotAllowed(ClarionError):
+    """The route exists, the method does not; the `Allow` header lists those that do."""
+
+    problem = Problem("method-not-allowed", 405, "Method not allowed", False, "See the Allow header.")
+
+
+class TooLarge(ClarionError):
+    """A body, or a part of it, is over its bound in bytes."""
+
+    problem = Problem("too-large", 413, "Content too large", False, "The body is over a bound; send less at once.")
+
+
+class RequestTimeout(ClarionError):
+    """The body stopped arriving."""
+
+    problem = Problem(
+        "request-timeout", 408, "Request timeout", True, "The body stopped arriving; send the request again."
+    )
+
+
+class UnsupportedMediaType(ClarionError):
+    """The body's media type is not one that the route reads."""
+
+    problem = Problem(
+        "unsupported-media-type", 415, "Unsupported media type", False, "Send JSON as `application/json`."
+    )
+
+
+class LeaseLost(ClarionError):
+    """The lease token no longer holds the job: it expired and was taken over, or the job is finished."""
+
+    problem = Problem("lease-lost", 409, "Lease lost", False, "Drop the outcome: the job is no longer yours.")
+
+
+class Unstorable(ClarionError):
+    """Postgres refuses a value (a NUL, a number out of range, too large); its neighbours are unharmed."""
+
+    problem = Problem("unstorable", 422, "Value cannot be stored", False, "Postgres refuses the value as it is.")
+
+
+class UnsafeGround(ClarionError):
+    """Start-up refuses a database on which Clarion's promises cannot be kept; the text names the fix."""
+
+
+class UsageError(ClarionError):
+    """A command, setting or worker file is wrong; the text names the fix."""
+
+
+def problems() -> list[Problem]:
+    """Every problem a client can meet, by slug."""
+    found = {cls.problem.slug: cls.problem for cls in _family(ClarionError)}
+    return [found[slug] for slug in sorted(found)]
+
+
+def _family(cls: type[ClarionError]) -> list[type[ClarionError]]:
+    return [cls, *(member for child in cls.__subclasses__() for member in _family(child))]

@@ -1,0 +1,52 @@
+-- Daily partitions of the history, made ahead and dropped by retention.
+--
+-- CREATE TABLE … PARTITION OF would take ACCESS EXCLUSIVE on the parent and stop every finish for as long as the
+-- slowest reader; a table made apart and then attached takes SHARE UPDATE EXCLUSIVE, which no finish waits for.
+-- Both functions give up after 200 ms without their locks, so that nobody queues behind them; they are tried again.
+
+create function clarion.create_history_partition(day date) returns boolean
+  language plpgsql set search_path = pg_catalog set lock_timeout = '200ms' as $$
+declare
+  name text := format('job_history_%s', to_char(day, 'YYYYMMDD'));
+  low timestamptz := day::timestamp at time zone 'UTC';
+  high timestamptz := (day + 1)::timestamp at time zone 'UTC';
+begin
+  if to_regclass('clarion.' || name) is not null or not pg_try_advisory_xact_lock(hashtext('clarion.partitions')) then
+    return false;
+  end if;
+  -- A check like the partition's bound lets ATTACH skip its scan.
+  execute format(
+    'create table clarion.%I (like clarion.job_history including defaults including constraints,
+       constraint bound check (finished_at >= %L and finished_at < %L))', name, low, high);
+  -- Strays: rows of this day that came while it had no partition. Nobody may add one in between.
+  if exists (select from clarion.job_history_default where finished_at >= low and finished_at < high) then
+    lock table clarion.job_history_default in access exclusive mode;
+    execute format(
+      'with strays as (delete from clarion.job_history_default where finished_at >= %L and finished_at < %L returning *)
+       insert into clarion.%I select * from strays', low, high, name);
+  end if;
+  execute format('alter table clarion.job_history attach partition clarion.%I for values from (%L) to (%L)', name, low, high);
+  execute format('alter table clarion.%I drop constraint bound', name);
+  return true;
+end
+$$;
+
+create function clarion.drop_history_partitions(before date) returns setof text
+  language plpgsql set search_path = pg_catalog set lock_timeout = '200ms' as $$
+declare
+  name text;
+begin
+  if not pg_try_advisory_xact_lock(hashtext('clarion.partitions')) then
+    return;
+  end if;
+  for name in
+    select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid
+    where i.inhparent = 'clarion.job_history'::regclass
+      and c.relname ~ '^job_history_[0-9]{8}$' and to_date(right(c.relname, 8), 'YYYYMMDD') < before
+    order by c.relname
+  loop
+    execute format('drop table clarion.%I', name);
+    return next name;
+  end loop;
+end
+$$;

@@ -1,0 +1,2 @@
+-- A round trip, to know that a connection is alive.
+select 1 as alive

@@ -1,0 +1,22 @@
+-- Makes due jobs ready. Answers how many in each queue, for the rings.
+--
+-- Takes: scheduled → ready.
+-- $1 the most rows to take.
+-- The place in line was fixed when the job was scheduled; promotion is late or early for nobody.
+-- Plan: the due head of jobs_scheduled, then a TID scan.
+with promoted as (
+  update clarion.jobs as j
+  set state = 'ready'
+  where j.ctid = any(array(
+    select s.ctid
+    from clarion.jobs as s
+    where s.state = 'scheduled' and s.run_at <= clock_timestamp()
+    order by s.run_at
+    limit $1::integer
+    for update skip locked
+  ))
+  returning j.queue
+)
+select p.queue, count(*)::integer as jobs
+from promoted as p
+group by p.queue

@@ -1,0 +1,76 @@
+-- Takes jobs back from workers whose leases ran out. Answers one row per job taken back.
+--
+-- Takes: running → ready, running → scheduled, running → dead.
+-- $1 the most rows to take, $2 crashes that make a job dead, $3 max_attempts, $4 backoff in seconds and $5 its cap
+-- for jobs that were given none, $6 grace in seconds after a start of Postgres, in which workers that could not
+-- heartbeat while it was down may renew their leases first.
+--
+-- The first lost lease is nearly always the machine's fault, not the job's: the job is ready again at once, in its
+-- old place. From the second on it backs off from 1 s, and at the crash budget it is dead as `crash_loop`. An
+-- attempt that outlived its timeout is charged as an error, not as a crash.
+-- Plan: a scan of jobs_running, as many entries as jobs run at this moment. No index holds the expiry, so that a
+-- heartbeat is a HOT update.
+with expired as materialized (
+  select
+    j.*,
+    coalesce(clock_timestamp() >= j.started_at + make_interval(secs => j.timeout_seconds), false) as timed_out
+  from clarion.jobs as j
+  where
+    j.state = 'running'
+    and j.lease_expires_at < clock_timestamp()
+    and pg_postmaster_start_time() + make_interval(secs => $6::float8) < clock_timestamp()
+  limit $1::integer
+  for update skip locked
+),
+decided as materialized (
+  select
+    x.*,
+    case
+      when not x.timed_out and x.crashes + 1 >= $2::integer then 'crash_loop'::clarion.dead_reason
+      when x.attempt >= coalesce(x.max_attempts, $3::smallint) then 'attempts_exhausted'
+    end as reason,
+    case
+      when x.timed_out then clarion.backoff(
+        x.errors + 1, coalesce(x.backoff_seconds, $4::float8), coalesce(x.backoff_cap_seconds, $5::float8)
+      )
+      when x.crashes > 0 then clarion.backoff(x.crashes::integer, 1, coalesce(x.backoff_cap_seconds, $5::float8))
+    end as wait
+  from expired as x
+),
+ended as (
+  update clarion.jobs as j
+  set
+    state = case
+      when d.reason is not null then 'dead' when d.wait is null then 'ready' else 'scheduled'
+    end::clarion.job_state,
+    dead_reason = d.reason,
+    died_at = case when d.reason is not null then clock_timestamp() end,
+    run_at = case when d.reason is null and d.wait is not null then clock_timestamp() + d.wait else d.run_at end,
+    sort_key = case
+      when d.reason is null and d.wait is not null then clock_timestamp() + d.wait - (d.run_at - d.sort_key)
+      else d.sort_key
+    end,
+    errors = j.errors + d.timed_out::integer,
+    crashes = j.crashes + (not d.timed_out)::integer,
+    lease_token = null, lease_expires_at = null, worker_id = null
+  from decided as d
+  where j.id = d.id
+  returning j.id, j.queue, j.task, j.state, j.run_at, d.worker_id, d.attempt, d.timed_out, d.lease_token, d.started_at
+),
+recorded as (
+  insert into clarion.attempts (
+    job_id, lease_token, worker_id, attempt, outcome, state, started_at, next_run_at, error_type, error_message
+  )
+  select
+    e.id, e.lease_token, e.worker_id, e.attempt,
+    case when e.timed_out then 'timeout' else 'lease_lost' end::clarion.attempt_outcome, e.state, e.started_at,
+    case when e.state <> 'dead' then e.run_at end,
+    case when e.timed_out then 'AttemptTimeout' else 'LeaseLost' end,
+    case
+      when e.timed_out then 'the attempt outlived its timeout and its worker did not end it'
+      else 'the worker stopped extending its lease: killed, hung or cut off'
+    end
+  from ended as e
+)
+select e.id, e.queue, e.task, e.state::text as state, e.attempt, e.worker_id, e.timed_out
+from ended as e
