@@ -1,0 +1,194 @@
+"""Holding leases: who runs what in this process, until when, and the heartbeats that keep it so.
+
+Heartbeats leave from a thread with an event loop and a connection of its own, so that neither a busy pool nor a
+handler that hogs the main loop costs a lease. But a main loop that does not turn at all for `hang_after_seconds` is
+hung, not busy: then the thread stops beating, the leases run out, and another worker takes the jobs.
+
+A worker judges its own leases by the monotonic clock, counted from *before* the request that took or extended them was
+sent, less a margin. Past that it ends the handler even if the database is silent: the job may be another's by then.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+
+import anyio
+import structlog
+
+from clarion.db import DedicatedDatabase
+from clarion.errors import Unavailable
+from clarion.events import Event
+from clarion.job import Lease, Release, WorkerRecord
+from clarion.loops import Signal
+from clarion.settings import Settings
+from clarion.store import Store
+
+log = structlog.get_logger()
+
+_MARGIN = 0.1
+_BEATS_PER_LEASE = 3
+_RETRY_SECONDS = 0.5
+_TICK_SECONDS = 0.25
+
+
+class EndReason(StrEnum):
+    """Why an attempt was ended from outside."""
+
+    LOST = "lost"
+    FENCED = "fenced"
+    DRAINED = "drained"
+
+
+class Held:
+    """A lease in this process. Its scope surrounds the handler; `end` may be called from the main loop only."""
+
+    __slots__ = ("end_reason", "lease", "scope", "valid_until")
+
+    def __init__(self, lease: Lease, *, valid_until: float) -> None:
+        self.lease = lease
+        self.valid_until = valid_until  # on the monotonic clock
+        self.scope = anyio.CancelScope()
+        self.end_reason: EndReason | None = None
+
+    def end(self, reason: EndReason) -> None:
+        """Cancels the handler; the first reason stands."""
+        if self.end_reason is None:
+            self.end_reason = reason
+            self.scope.cancel()
+
+    def is_cancelled(self) -> bool:
+        """Whether the handler was told to stop, by `end` or by its timeout."""
+        return self.scope.cancel_called
+
+
+class Leases:
+    """All leases of this process, by job id."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.lease_seconds = settings.lease_seconds
+        self._held: dict[object, Held] = {}
+        self.freed = Signal()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def all(self) -> list[Held]:
+        """A copy, safe to take from another thread."""
+        return list(self._held.values())
+
+    def valid_until(self, sent: float) -> float:
+        """The monotonic time to which a lease taken by a request sent at `sent` may be trusted."""
+        return sent + self.lease_seconds * (1 - _MARGIN)
+
+    def add(self, lease: Lease, *, sent: float) -> Held:
+        """Starts to hold a lease that was just claimed."""
+        held = Held(lease, valid_until=self.valid_until(sent))
+        self._held[lease.id] = held
+        return held
+
+    def remove(self, held: Held) -> None:
+        """Stops to hold it; its slot is free."""
+        if self._held.get(held.lease.id) is held:
+            del self._held[held.lease.id]
+        self.freed.set()
+
+    def fence(self) -> None:
+        """Ends every attempt whose lease can no longer be trusted."""
+        now = time.monotonic()
+        for held in self.all():
+            if now > held.valid_until and held.end_reason is None:
+                held.end(EndReason.FENCED)
+                log.warning(Event.LEASE_FENCED, job_id=str(held.lease.id), task=held.lease.task)
+
+    def lose(self, lost: Iterable[Held]) -> None:
+        """Ends attempts whose jobs belong to somebody else by now."""
+        for held in lost:
+            if self._held.get(held.lease.id) is held:
+                held.end(EndReason.LOST)
+
+
+class Heartbeats:
+    """The thread that extends all leases in one statement, and says that the worker is alive."""
+
+    def __init__(self, leases: Leases, settings: Settings, describe: Callable[[], WorkerRecord]) -> None:
+        self._leases = leases
+        self._settings = settings
+        self._describe = describe
+        self._interval_seconds = settings.lease_seconds / _BEATS_PER_LEASE
+        self._ticked = time.monotonic()
+        self._hung = False
+        self._stopping = threading.Event()
+        self._ended = anyio.Event()
+
+    async def run(self) -> None:
+        """Beats until cancelled; turns the main loop's tick meanwhile. A bug in the thread ends this too."""
+        loop = asyncio.get_running_loop()
+        thread = threading.Thread(target=self._run_thread, args=(loop,), name="clarion-heartbeats", daemon=True)
+        thread.start()
+        try:
+            while not self._ended.is_set():
+                self._ticked = time.monotonic()
+                self._leases.fence()
+                with anyio.move_on_after(_TICK_SECONDS):
+                    await self._ended.wait()
+            if not self._stopping.is_set():
+                raise RuntimeError("the heartbeat thread ended; its traceback stands above")
+        finally:
+            self._stopping.set()
+
+    def _run_thread(self, main_loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            anyio.run(self._beat_until_stopped, main_loop)
+        finally:
+            main_loop.call_soon_threadsafe(self._ended.set)
+
+    async def _beat_until_stopped(self, main_loop: asyncio.AbstractEventLoop) -> None:
+        database = DedicatedDatabase(self._settings, name="heartbeat")
+        store = Store(database, self._settings)
+        weather = False
+        while not self._stopping.is_set():
+            try:
+                with anyio.fail_after(self._interval_seconds):
+                    await self.beat(store, main_loop)
+            except (Unavailable, TimeoutError) as error:
+                if not weather:
+                    log.warning(Event.STEP_FAILED, step="heartbeat", error=str(error))
+                weather = True
+                await database.close()
+                await self._pause(min(_RETRY_SECONDS, self._interval_seconds))
+            else:
+                if weather:
+                    log.info(Event.STEP_RECOVERED, step="heartbeat")
+                weather = False
+                await self._pause(self._interval_seconds)
+        await database.close()
+
+    async def beat(self, store: Store, main_loop: asyncio.AbstractEventLoop) -> None:
+        """One heartbeat for everything held, unless the main loop is hung."""
+        if self._is_hung():
+            return
+        held = {item.lease.id: item for item in self._leases.all()}
+        if held:
+            sent = time.monotonic()
+            leases = [Release(item.lease.id, item.lease.token) for item in held.values()]
+            answers = await store.heartbeat_jobs(leases, lease_seconds=self._settings.lease_seconds)
+            for answer in answers:
+                item = held.pop(answer.id)
+                if answer.extended:
+                    item.valid_until = self._leases.valid_until(sent)
+            main_loop.call_soon_threadsafe(self._leases.lose, list(held.values()))
+        await store.record_worker(self._describe())
+
+    def _is_hung(self) -> bool:
+        still_seconds = time.monotonic() - self._ticked
+        hung = still_seconds > self._settings.hang_after_seconds
+        if hung and not self._hung:
+            log.error(Event.WORKER_HUNG, still_seconds=round(still_seconds, 1), held=len(self._leases))
+        self._hung = hung
+        return hung
+
+    async def _pause(self, seconds: float) -> None:
+        # Nothing else runs on this thread's loop, so it may block.
+        self._stopping.wait(seconds)

@@ -1,0 +1,54 @@
+"""What becomes of an attempt: the exceptions a handler may raise on purpose, and the records they turn into."""
+
+import traceback
+
+from clarion.durations import parse_duration
+from clarion.job import AttemptOutcome, DeadReason, Failure, Lease
+
+SNOOZE_MAX_SECONDS = 365 * 86_400.0
+_MESSAGE_MAX_CHARS = 4_096
+_TRACE_MAX_CHARS = 16_384
+
+
+class Snooze(Exception):
+    """Raised by a handler to be run again later: `raise Snooze("5m")`. Costs no attempt."""
+
+    def __init__(self, delay: str | float) -> None:
+        self.delay_seconds = parse_duration(delay, max_seconds=SNOOZE_MAX_SECONDS)
+        super().__init__(f"again in {delay}")
+
+
+class Discard(Exception):
+    """Raised by a handler when no further try can help: the job is dead at once, with this reason."""
+
+
+def failure(lease: Lease, error: BaseException, *, dead_reason: DeadReason | None = None) -> Failure:
+    """The record of a handler's exception, bounded, and free of what Postgres cannot store."""
+    return Failure(
+        id=lease.id,
+        token=lease.token,
+        error_type=type(error).__name__,
+        error_message=storable(str(error), _MESSAGE_MAX_CHARS),
+        error_trace=storable("".join(traceback.format_exception(error)), _TRACE_MAX_CHARS),
+        dead_reason=dead_reason,
+    )
+
+
+def timed_out(lease: Lease) -> Failure:
+    """The record of an attempt that the worker ended at its timeout."""
+    return Failure(
+        id=lease.id,
+        token=lease.token,
+        outcome=AttemptOutcome.TIMEOUT,
+        error_type="AttemptTimeout",
+        error_message=f"the handler ran longer than its timeout of {lease.timeout_seconds:g} s",
+    )
+
+
+def storable(text: str, max_chars: int) -> str:
+    """`text` without NULs and lone surrogates, its middle cut out when it is too long."""
+    clean = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+    if len(clean) <= max_chars:
+        return clean
+    half = max_chars // 2 - 10
+    return f"{clean[:half]}\n… cut …\n{clean[-half:]}"

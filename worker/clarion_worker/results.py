@@ -1,0 +1,35 @@
+"""A handler's result as JSON text that Postgres will keep and every reader can read."""
+
+import json
+import re
+from typing import Any
+
+import msgspec
+
+# An escape that is not itself escaped: an even number of backslashes before it.
+_ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def encode_result(result: Any, *, max_bytes: int) -> str | None:
+    """JSON text of the result, None for None. Raises ValueError, in words, for one that cannot be stored."""
+    if result is None:
+        return None
+    try:
+        encoded = msgspec.json.encode(result)
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"the result is not JSON: {error}") from error
+    if len(encoded) > max_bytes:
+        raise ValueError(f"the result has {len(encoded)} bytes, more than the {max_bytes} allowed")
+    if _ESCAPED_NUL.search(encoded):
+        raise ValueError("the result contains a NUL character, which Postgres cannot store in text")
+    # NaN and infinity are written as null, so only a result with a null in it can hold one.
+    if b"null" in encoded:
+        _check_finite(result)
+    return encoded.decode()
+
+
+def _check_finite(result: Any) -> None:
+    try:
+        json.dumps(msgspec.to_builtins(result), allow_nan=False)
+    except ValueError as error:
+        raise ValueError("the result contains NaN or an infinite number, which JSON cannot express") from error

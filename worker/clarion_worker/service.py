@@ -1,0 +1,191 @@
+"""A worker process: listen, claim, run, heartbeat, finish; and on a signal drain and leave nothing behind."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
+from uuid import UUID, uuid4
+
+import anyio
+import structlog
+
+from clarion import __version__
+from clarion.db import open_database
+from clarion.errors import Unavailable, UsageError
+from clarion.events import Event
+from clarion.ground import wait_for_ground
+from clarion.job import Failure, Lease, Release, WorkerRecord
+from clarion.loops import run_forever
+from clarion.names import check_name
+from clarion.settings import Settings
+from clarion.signals import leave, until
+from clarion.store import Store
+from clarion.wake import Listener, Ringer
+from clarion_worker.claimer import Claimer, Subscription
+from clarion_worker.finisher import Finisher
+from clarion_worker.leases import EndReason, Heartbeats, Held, Leases
+from clarion_worker.registry import Worker
+from clarion_worker.runner import Outcome, Runner
+
+log = structlog.get_logger()
+
+# After handlers are cancelled they get this long to end; then their jobs are released without them.
+_CANCEL_GRACE_SECONDS = 3.0
+
+
+class WorkerService:
+    """Runs the tasks of one `Worker` in this process until `stop` is set.
+
+    Then it drains: claims no more, lets running jobs end, releases what does not, and returns.
+    """
+
+    def __init__(self, worker: Worker, settings: Settings, *, stop: anyio.Event, queues: Sequence[str] = ()) -> None:
+        self.id: UUID = uuid4()
+        self._worker = worker
+        self._settings = settings
+        self._queues = list(queues) or worker.queues()
+        if not worker.tasks:
+            raise UsageError("this worker has no tasks: register one with @worker.task(...)")
+        for queue in self._queues:
+            check_name(queue, "queue")
+        self._leases = Leases(settings)
+        self._stop = stop
+        self._send, self._receive = anyio.create_memory_object_stream[Held](settings.concurrency)
+        self._runner = Runner(
+            worker.tasks, threads_max=settings.concurrency, result_max_bytes=settings.result_max_bytes
+        )
+
+    async def run(self) -> None:
+        """Works until stopped. Raises UnsafeGround for a database that cannot keep the promises."""
+        async with open_database(self._settings, name="worker") as database:
+            store = Store(database, self._settings)
+            async with until(self._stop):
+                await wait_for_ground(store, self._settings)
+            if not self._stop.is_set():
+                await self._work(store)
+
+    async def _work(self, store: Store) -> None:
+        ringer = Ringer(store, self._settings)
+        finisher = Finisher(store, ringer, buffer_max=2 * self._settings.concurrency + 100)
+        claimer = self._claimer(store)
+        heartbeats = Heartbeats(self._leases, self._settings, self._describe)
+        listener = Listener(self._settings, on_ring=claimer.hear, on_connect=claimer.look_everywhere)
+        async with anyio.create_task_group() as background:
+            background.start_soon(heartbeats.run)
+            background.start_soon(listener.run)
+            background.start_soon(partial(run_forever, ringer.step, name="ring"))
+            finisher.start(background)
+            log.info(
+                Event.WORKER_STARTED,
+                worker_id=str(self.id),
+                queues=self._queues,
+                tasks=sorted(self._worker.tasks),
+            )
+            async with anyio.create_task_group() as slots:
+                for _ in range(self._settings.concurrency):
+                    slots.start_soon(self._slot, claimer, finisher)
+                await self._claim_until_stopped(claimer)
+                await self._drain(finisher)
+                self._send.close()
+            await self._say_goodbye(store)
+            background.cancel_scope.cancel()
+        log.info(Event.WORKER_STOPPED, worker_id=str(self.id))
+
+    def _claimer(self, store: Store) -> Claimer:
+        return Claimer(
+            store,
+            self._settings,
+            subscription=Subscription(
+                worker_id=self.id,
+                queues=self._queues,
+                policies={name: task.policy for name, task in self._worker.tasks.items()},
+            ),
+            free_slots=lambda: self._settings.concurrency - len(self._leases),
+            start=self._start,
+        )
+
+    def _start(self, lease: Lease, sent: float) -> None:
+        self._send.send_nowait(self._leases.add(lease, sent=sent))
+
+    async def _claim_until_stopped(self, claimer: Claimer) -> None:
+        async with until(self._stop):
+            await run_forever(claimer.step, name="claim", wake=claimer.wake)
+
+    async def _slot(self, claimer: Claimer, finisher: Finisher) -> None:
+        """One of the `concurrency` places in which attempts run, one after the other."""
+        async for held in self._receive:
+            started = time.monotonic()
+            outcome = await self._runner.run(held)
+            state = None if outcome is None else await finisher.finish(outcome)
+            self._leases.remove(held)
+            claimer.slot_freed()
+            _log_attempt(held.lease, outcome, state, run_seconds=time.monotonic() - started)
+
+    async def _drain(self, finisher: Finisher) -> None:
+        log.info(Event.WORKER_DRAIN_STARTED, worker_id=str(self.id), running=len(self._leases))
+        await self._wait_until_idle(self._settings.drain_timeout_seconds)
+        for held in self._leases.all():
+            held.end(EndReason.DRAINED)
+        await self._wait_until_idle(_CANCEL_GRACE_SECONDS)
+        if stuck := self._leases.all():
+            await self._abandon(stuck, finisher)
+
+    async def _wait_until_idle(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds):
+            while len(self._leases):
+                await self._leases.freed.wait()
+
+    async def _abandon(self, stuck: list[Held], finisher: Finisher) -> NoReturn:
+        """Hands back jobs whose handlers ignore cancellation, and ends the process under them."""
+        with anyio.move_on_after(_CANCEL_GRACE_SECONDS):
+            async with anyio.create_task_group() as group:
+                for held in stuck:
+                    group.start_soon(finisher.finish, Release(held.lease.id, held.lease.token))
+        jobs = [{"job_id": str(held.lease.id), "task": held.lease.task} for held in stuck]
+        log.warning(Event.OUTCOME_ABANDONED, worker_id=str(self.id), jobs=jobs)
+        leave(0)
+
+    async def _say_goodbye(self, store: Store) -> None:
+        with anyio.move_on_after(1):
+            try:
+                await store.remove_worker(self.id)
+            except Unavailable:
+                return  # its row is pruned in time
+
+    def _describe(self) -> WorkerRecord:
+        return WorkerRecord(
+            id=self.id,
+            name=f"{socket.gethostname()}:{os.getpid()}",
+            version=__version__,
+            queues=self._queues,
+            tasks=sorted(self._worker.tasks),
+            concurrency=self._settings.concurrency,
+            running=len(self._leases),
+            state="draining" if self._stop.is_set() else "running",
+        )
+
+
+def _log_attempt(lease: Lease, outcome: Outcome, state: str | None, *, run_seconds: float) -> None:
+    """The canonical line of an attempt."""
+    fields = {
+        "job_id": str(lease.id),
+        "task": lease.task,
+        "queue": lease.queue,
+        "attempt": lease.attempt,
+        "wait_ms": round((lease.started_at - lease.run_at).total_seconds() * 1000, 1),
+        "run_ms": round(run_seconds * 1000, 1),
+    }
+    if state is None:
+        log.warning(Event.LEASE_LOST, **fields)
+    elif isinstance(outcome, Failure):
+        log.warning(
+            Event.ATTEMPT_FINISHED,
+            **fields,
+            state=state,
+            error_type=outcome.error_type,
+            error=outcome.error_message,
+        )
+    else:
+        log.info(Event.ATTEMPT_FINISHED, **fields, state=state)
