@@ -119,7 +119,9 @@ class Heartbeats:
         self._interval_seconds = settings.lease_seconds / _BEATS_PER_LEASE
         self._ticked = time.monotonic()
         self._hung = False
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._thread_loop: asyncio.AbstractEventLoop | None = None
+        self._stop_waiting = Signal()
         self._ended = anyio.Event()
 
     async def run(self) -> None:
@@ -133,10 +135,12 @@ class Heartbeats:
                 self._leases.fence()
                 with anyio.move_on_after(_TICK_SECONDS):
                     await self._ended.wait()
-            if not self._stopping.is_set():
+            if not self._stopping:
                 raise RuntimeError("the heartbeat thread ended; its traceback stands above")
         finally:
-            self._stopping.set()
+            self._stopping = True
+            if self._thread_loop is not None and not self._ended.is_set():
+                self._thread_loop.call_soon_threadsafe(self._stop_waiting.set)
 
     def _run_thread(self, main_loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -147,8 +151,10 @@ class Heartbeats:
     async def _beat_until_stopped(self, main_loop: asyncio.AbstractEventLoop) -> None:
         database = DedicatedDatabase(self._settings, name="heartbeat")
         store = Store(database, self._settings)
+        self._stop_waiting = Signal()
+        self._thread_loop = asyncio.get_running_loop()
         weather = False
-        while not self._stopping.is_set():
+        while not self._stopping:
             try:
                 with anyio.fail_after(self._interval_seconds):
                     await self.beat(store, main_loop)
@@ -157,12 +163,12 @@ class Heartbeats:
                     log.warning(Event.STEP_FAILED, step="heartbeat", error=str(error))
                 weather = True
                 await database.close()
-                await self._pause(min(_RETRY_SECONDS, self._interval_seconds))
+                await self._stop_waiting.wait_for(min(_RETRY_SECONDS, self._interval_seconds))
             else:
                 if weather:
                     log.info(Event.STEP_RECOVERED, step="heartbeat")
                 weather = False
-                await self._pause(self._interval_seconds)
+                await self._stop_waiting.wait_for(self._interval_seconds)
         await database.close()
 
     async def beat(self, store: Store, main_loop: asyncio.AbstractEventLoop) -> None:
@@ -188,7 +194,3 @@ class Heartbeats:
             log.error(Event.WORKER_HUNG, still_seconds=round(still_seconds, 1), held=len(self._leases))
         self._hung = hung
         return hung
-
-    async def _pause(self, seconds: float) -> None:
-        # Nothing else runs on this thread's loop, so it may block.
-        self._stopping.wait(seconds)

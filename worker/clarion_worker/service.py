@@ -59,12 +59,13 @@ class WorkerService:
 
     async def run(self) -> None:
         """Works until stopped. Raises UnsafeGround for a database that cannot keep the promises."""
-        async with open_database(self._settings, name="worker") as database:
-            store = Store(database, self._settings)
-            async with until(self._stop):
-                await wait_for_ground(store, self._settings)
-            if not self._stop.is_set():
-                await self._work(store)
+        with self._send, self._receive:
+            async with open_database(self._settings, name="worker") as database:
+                store = Store(database, self._settings)
+                async with until(self._stop):
+                    await wait_for_ground(store, self._settings)
+                if not self._stop.is_set():
+                    await self._work(store)
 
     async def _work(self, store: Store) -> None:
         ringer = Ringer(store, self._settings)

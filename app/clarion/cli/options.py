@@ -1,0 +1,50 @@
+"""Flags that are made from settings, so that name, unit, bounds and help have one home."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from clarion.errors import UsageError
+from clarion.log import configure_logging
+from clarion.settings import PREFIX, Settings, describe_settings, load_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+COMMON = ("database_url", "log_format", "log_level")
+
+
+def setting_flags(*names: str) -> Callable[[F], F]:
+    """Adds one flag per setting: `--drain-timeout-seconds` for `drain_timeout_seconds`, and so on."""
+    help_of = {doc.name.removeprefix(PREFIX).lower(): doc for doc in describe_settings()}
+
+    def decorate(function: F) -> F:
+        for name in reversed(names):
+            doc = help_of[name]
+            text = f"{doc.description}  [env {doc.name}; default {doc.default!r}]"
+            function = click.option(f"--{name.replace('_', '-')}", name, default=None, help=text)(function)
+        return function
+
+    return decorate
+
+
+def prepare(flags: dict[str, Any], *, needs_database: bool = True) -> Settings:
+    """Settings from flags and environment, with logging configured from them."""
+    settings = load_settings(flags)
+    configure_logging(settings)
+    if needs_database and not settings.database_url:
+        raise UsageError(
+            "which database? Set CLARION_DATABASE_URL or give --database-url postgresql://user@host/name "
+            "(`clarion dev` starts a Postgres of its own)"
+        )
+    return settings
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The settings that are not defaults, as environment variables for a child process."""
+    return {
+        f"{PREFIX}{field.name.upper()}": str(getattr(settings, field.name))
+        for field in msgspec.structs.fields(Settings)
+        if getattr(settings, field.name) != field.default
+    }

@@ -1,0 +1,223 @@
+"""What the verify_*.py scripts share: a deployment to talk to, workers to hurt, and a table of what was proven."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+from uuid import UUID
+
+import anyio
+import asyncpg
+import httpx2
+import msgspec
+from anyio.abc import ByteReceiveStream, Process
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from clarion.embedded import running_postgres
+
+console = Console(stderr=True)
+
+
+class Deployment(msgspec.Struct, frozen=True):
+    """A running Clarion: its API, and the database behind it, to look whether the API tells the truth."""
+
+    url: str
+    database_url: str
+    token: str = ""
+
+    def client(self) -> httpx2.AsyncClient:
+        """An HTTP client for its API."""
+        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        limits = httpx2.Limits(max_connections=32)
+        return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=60, limits=limits)
+
+
+class WorkerProcess:
+    """A `clarion worker --demo` that may be stopped, killed and looked at."""
+
+    def __init__(self, process: Process, worker_id: UUID) -> None:
+        self.process = process
+        self.id = worker_id
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        self.process.send_signal(number)
+
+
+class Report:
+    """Collects what was checked and prints it as a table; `failed` says whether anything was not as promised."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._rows: list[tuple[bool, str, str]] = []
+
+    @property
+    def failed(self) -> bool:
+        """Whether any row is a failure."""
+        return not all(ok for ok, _, _ in self._rows)
+
+    def check(self, promise: str, *, ok: bool, evidence: str) -> None:
+        """Notes whether a promise held, and what shows it."""
+        self._rows.append((ok, promise, evidence))
+
+    def print(self, *, as_json: bool) -> None:
+        """The table on standard output, or one JSON object."""
+        if as_json:
+            rows = [{"ok": ok, "promise": promise, "evidence": evidence} for ok, promise, evidence in self._rows]
+            print(msgspec.json.encode({"title": self._title, "ok": not self.failed, "checks": rows}).decode())
+            return
+        table = Table("", "promise", "evidence", title=self._title)
+        for ok, promise, evidence in self._rows:
+            table.add_row("[green]✓[/]" if ok else "[red]✗[/]", promise, evidence)
+        Console().print(table)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The flags every verification has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--url", help="a running API; default: an ephemeral stack of its own")
+    parser.add_argument("--database-url", default=os.environ.get("CLARION_DATABASE_URL", ""), help="its database")
+    parser.add_argument("--token", default=os.environ.get("CLARION_API_TOKEN", ""), help="its API token, if it has one")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+@asynccontextmanager
+async def deployment(options: argparse.Namespace) -> AsyncIterator[Deployment]:
+    """The deployment that the flags name, or an ephemeral one that ends with this block."""
+    if options.url:
+        if not options.database_url:
+            sys.exit("--url needs --database-url too: the verification looks behind the API and starts workers there")
+        yield Deployment(options.url.rstrip("/"), options.database_url, options.token)
+        return
+    with running_postgres(None) as server:
+        environment = {"CLARION_DATABASE_URL": server.url, "CLARION_EPHEMERAL": "true"}
+        os.environ.update(environment)
+        await anyio.run_process([*clarion(), "migrate", "up"])
+        async with running([*clarion(), "scheduler"]), running([*clarion(), "serve", "--port", "0"]) as api:
+            said = await api.line_with("Clarion answers on ")
+            yield Deployment(said.removeprefix("Clarion answers on "), server.url)
+
+
+@asynccontextmanager
+async def worker(target: Deployment, *flags: str) -> AsyncIterator[WorkerProcess]:
+    """A worker process with the demo tasks, once it has started; killed at the end if it still lives."""
+    command = [*clarion(), "worker", "--demo", "--log-format", "json", "--database-url", target.database_url, *flags]
+    async with running(command) as child:
+        line = msgspec.json.decode(await child.line_with('"worker.started"'))
+        yield WorkerProcess(child.process, UUID(line["worker_id"]))
+
+
+class Child:
+    """A child process whose standard error is read, so that it never blocks on it."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self._changed = anyio.Event()
+        self._ended = False
+        self._tail: deque[str] = deque(maxlen=50)
+
+    async def line_with(self, text: str) -> str:
+        """The first line that contains the text; exits, showing what the process said, if it ends without."""
+        while True:
+            for line in self._tail:
+                if text in line:
+                    return line
+            if self._ended:
+                sys.exit("a process ended too early; it said:\n" + "\n".join(self._tail))
+            await self._changed.wait()
+
+    async def pump(self) -> None:
+        """Reads standard error to its end, and remembers the last lines."""
+        if self.process.stderr is not None:
+            async for line in _lines(self.process.stderr):
+                self._tail.append(line)
+                self._change()
+        self._ended = True
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+
+async def _lines(stream: ByteReceiveStream) -> AsyncIterator[str]:
+    rest = b""
+    async for chunk in stream:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace")
+
+
+@asynccontextmanager
+async def running(command: list[str]) -> AsyncIterator[Child]:
+    """A child process that does not outlive the block."""
+    process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    child = Child(process)
+    async with anyio.create_task_group() as group:
+        group.start_soon(child.pump)
+        try:
+            yield child
+        finally:
+            with anyio.CancelScope(shield=True):
+                if process.returncode is None:
+                    process.kill()
+                await process.wait()
+                await process.aclose()
+            group.cancel_scope.cancel()
+
+
+def clarion() -> list[str]:
+    """The command line of `clarion`, in this environment."""
+    return [sys.executable, "-m", "clarion.cli"]
+
+
+@asynccontextmanager
+async def database(target: Deployment) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A connection to look behind the API with."""
+    connection = await asyncpg.connect(target.database_url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator["ProgressBar"]:
+    """A bar on a terminal, a line every few seconds elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield ProgressBar(progress, what, total)
+
+
+class ProgressBar:
+    """How far something has come."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task(what, total=total)
+        self._what = what
+        self._total = total
+        self._said = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """So many are done."""
+        self._progress.update(self._task, completed=done)
+        if not console.is_terminal and (time.monotonic() - self._said > 3 or done == self._total):
+            self._said = time.monotonic()
+            console.print(f"{self._what}: {done} of {self._total}")
+
+
+def run(main: Any, options: argparse.Namespace) -> None:
+    """Runs `main(options)`, which answers a report; prints it and exits 1 if anything was not as promised."""
+    report: Report = anyio.run(main, options)
+    report.print(as_json=options.json)
+    sys.exit(1 if report.failed else 0)
