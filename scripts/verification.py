@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -43,8 +44,9 @@ class Deployment(msgspec.Struct, frozen=True):
 class WorkerProcess:
     """A `clarion worker --demo` that may be stopped, killed and looked at."""
 
-    def __init__(self, process: Process, worker_id: UUID) -> None:
-        self.process = process
+    def __init__(self, child: "Child", worker_id: UUID) -> None:
+        self.child = child
+        self.process = child.process
         self.id = worker_id
 
     def signal(self, number: signal.Signals) -> None:
@@ -99,12 +101,18 @@ async def deployment(options: argparse.Namespace) -> AsyncIterator[Deployment]:
         yield Deployment(options.url.rstrip("/"), options.database_url, options.token)
         return
     with running_postgres(None) as server:
-        environment = {"CLARION_DATABASE_URL": server.url, "CLARION_EPHEMERAL": "true"}
-        os.environ.update(environment)
-        await anyio.run_process([*clarion(), "migrate", "up"])
-        async with running([*clarion(), "scheduler"]), running([*clarion(), "serve", "--port", "0"]) as api:
-            said = await api.line_with("Clarion answers on ")
-            yield Deployment(said.removeprefix("Clarion answers on "), server.url)
+        async with stack(server.url) as target:
+            yield target
+
+
+@asynccontextmanager
+async def stack(database_url: str) -> AsyncIterator[Deployment]:
+    """An API and a scheduler of our own, as processes, on a database that may be thrown away."""
+    os.environ.update({"CLARION_DATABASE_URL": database_url, "CLARION_EPHEMERAL": "true"})
+    await anyio.run_process([*clarion(), "migrate", "up"])
+    async with running([*clarion(), "scheduler"]), running([*clarion(), "serve", "--port", "0"]) as api:
+        said = await api.line_with("Clarion answers on ")
+        yield Deployment(said.removeprefix("Clarion answers on "), database_url)
 
 
 @asynccontextmanager
@@ -113,7 +121,7 @@ async def worker(target: Deployment, *flags: str) -> AsyncIterator[WorkerProcess
     command = [*clarion(), "worker", "--demo", "--log-format", "json", "--database-url", target.database_url, *flags]
     async with running(command) as child:
         line = msgspec.json.decode(await child.line_with('"worker.started"'))
-        yield WorkerProcess(child.process, UUID(line["worker_id"]))
+        yield WorkerProcess(child, UUID(line["worker_id"]))
 
 
 class Child:
@@ -158,9 +166,13 @@ async def _lines(stream: ByteReceiveStream) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def running(command: list[str]) -> AsyncIterator[Child]:
-    """A child process that does not outlive the block."""
-    process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+async def running(
+    command: list[str], *, cwd: Path | None = None, merge_output: bool = False
+) -> AsyncIterator[Child]:
+    """A child process that does not outlive the block; with `merge_output` its standard output is read as well."""
+    if merge_output:
+        command = ["sh", "-c", 'exec "$@" >&2', "sh", *command]
+    process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=cwd)
     child = Child(process)
     async with anyio.create_task_group() as group:
         group.start_soon(child.pump)

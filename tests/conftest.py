@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import anyio
 import asyncpg
 import pytest
+from blockbuster import blockbuster_ctx
 
 from clarion.db import Database, open_database
 from clarion.embedded import running_postgres
@@ -22,6 +23,7 @@ from clarion.store import Store
 
 _SERVER = "CLARION_TEST_DATABASE_URL"
 _TEMPLATE = "clarion_template"
+_CONNECTING = {"_parse_connect_arguments", "_parse_connect_dsn_and_args", "_read_password_file"}
 _stack = ExitStack()
 
 
@@ -59,6 +61,18 @@ def settings_for(database: str) -> Settings:
     """Settings that tests share: that database, everything else as shipped."""
     url = urlsplit(os.environ[_SERVER])._replace(path=f"/{database}").geturl()
     return Settings(database_url=url, ephemeral=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_event_loop() -> Iterator[None]:
+    """Fails any test in which our code makes a blocking call (file, socket, sleep, lock) on an event loop.
+
+    Let through: asyncpg looks for ~/.pgpass and certificates when it connects, some microseconds that we cannot avoid.
+    """
+    with blockbuster_ctx(["clarion", "clarion_worker"]) as detector:
+        for function in detector.functions.values():
+            function.can_block_in("asyncpg/connect_utils.py", _CONNECTING)
+        yield
 
 
 @pytest.fixture(scope="module")

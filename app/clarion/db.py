@@ -84,6 +84,11 @@ def translated_errors() -> Iterator[None]:
         yield
     except asyncpg.exceptions.LockNotAvailableError as error:
         raise Locked(f"a row is locked by another session: {error}") from error
+    except asyncpg.CheckViolationError as error:
+        if error.constraint_name is None:
+            # Not a check of ours: the row was on its way to the default partition when its own was attached.
+            raise Unavailable(f"the history was being partitioned: {error}") from error
+        raise Unstorable(f"Postgres refuses the value: {error}") from error
     except UNSTORABLE as error:
         raise Unstorable(f"Postgres refuses the value: {error}") from error
     except WEATHER as error:

@@ -41,4 +41,5 @@ def _console_tail() -> list[Processor]:
 
 
 def _render_json(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> bytes:
-    return msgspec.json.encode(event_dict, enc_hook=repr)
+    head = {key: event_dict.pop(key) for key in ("time", "level", "event")}
+    return msgspec.json.encode({**head, **event_dict}, enc_hook=repr)

@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -27,10 +29,18 @@ def sql_directory() -> Path:
     return shipped if shipped.is_dir() else package.parents[1] / "sql"
 
 
-@cache
+def _read_statements() -> Mapping[str, str]:
+    paths = (sql_directory() / "queries").glob("*.sql")
+    return MappingProxyType({path.stem: path.read_text(encoding="utf-8") for path in paths})
+
+
+# Read when this module is imported, since reading files later would block an event loop.
+_STATEMENTS = _read_statements()
+
+
 def statement(name: str) -> str:
     """The text of `sql/queries/<name>.sql`."""
-    return (sql_directory() / "queries" / f"{name}.sql").read_text(encoding="utf-8")
+    return _STATEMENTS[name]
 
 
 def bootstrap() -> str:

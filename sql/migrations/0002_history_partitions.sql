@@ -18,9 +18,10 @@ begin
   execute format(
     'create table clarion.%I (like clarion.job_history including defaults including constraints,
        constraint bound check (finished_at >= %L and finished_at < %L))', name, low, high);
-  -- Strays: rows of this day that came while it had no partition. Nobody may add one in between.
+  -- Strays: rows of this day that came while it had no partition. For the moment of their move the whole history is
+  -- locked: who had already looked up the partitions, without this one, would find the row in none of them.
   if exists (select from clarion.job_history_default where finished_at >= low and finished_at < high) then
-    lock table clarion.job_history_default in access exclusive mode;
+    lock table clarion.job_history in access exclusive mode;
     execute format(
       'with strays as (delete from clarion.job_history_default where finished_at >= %L and finished_at < %L returning *)
        insert into clarion.%I select * from strays', low, high, name);
@@ -50,3 +51,6 @@ begin
   end loop;
 end
 $$;
+
+-- The first days, so that no job finishes before its partition is there.
+select clarion.create_history_partition((now() at time zone 'UTC')::date + ahead) from generate_series(0, 3) as ahead;

@@ -1,0 +1,1 @@
+"""The HTTP face of Clarion: routes, decoding, problems. `app.create_app` puts it together."""

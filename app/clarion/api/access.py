@@ -1,0 +1,43 @@
+"""Who may call what: one bearer token, or, when none is set, everybody who can reach the socket.
+
+`serve` refuses to listen beyond loopback without a token, so "everybody" is this machine.
+"""
+
+import hmac
+from enum import StrEnum
+
+import msgspec
+from starlette.datastructures import Headers
+
+from clarion.errors import Unauthenticated
+
+
+class Permission(StrEnum):
+    """What a route lets its caller do."""
+
+    READ = "read"
+    ENQUEUE = "enqueue"
+
+
+class Guard(msgspec.Struct, frozen=True):
+    """Maps a request to allowed or not. The one token, while there is but one, carries every permission."""
+
+    token: str
+
+    def check(self, headers: Headers, permission: Permission | None) -> None:
+        """Raises Unauthenticated unless the request may use a route that asks for `permission`."""
+        if permission is None or not self.token:
+            return
+        given = _presented_token(headers)
+        if given is None:
+            raise Unauthenticated("this route needs the header `Authorization: Bearer <token>`")
+        # On bytes, since compare_digest takes no text beyond ASCII; in constant time, so that it tells nothing.
+        if not hmac.compare_digest(given.encode("latin-1"), self.token.encode()):
+            raise Unauthenticated("the token is not the one that this server was given")
+
+
+def _presented_token(headers: Headers) -> str | None:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return headers.get("x-api-key")

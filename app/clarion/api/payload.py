@@ -1,0 +1,198 @@
+"""Which JSON a job may carry, and where in a document a fault is.
+
+Payloads are kept to the letter: Clarion checks them and never re-encodes them. msgspec has already validated the
+syntax, in C, when a payload reaches `payload_fault`; what is left are two rules that JSON does not have. A NUL
+cannot leave Postgres as text, and depth is bounded because every reader recurses. Both are ruled out by counting
+bytes; only a payload that fails the count is read again, by `find_fault`.
+
+`find_fault` is a second JSON reader, in Python and some fifty times slower than msgspec. It exists because no parser
+says *where* in the document it gave up, and a caller with a body of 30 MB needs a JSON pointer, not a byte offset.
+"""
+
+import json
+import re
+
+import msgspec
+
+DEPTH_MAX = 64
+# A pointer repeats the caller's own keys; a key may be as long as the body.
+_POINTER_KEY_MAX_CHARS = 200
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_TO_ROUND = bytes.maketrans(b"{}[]", b"()()")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
+
+_SPACE = re.compile(r"[ \t\n\r]*+")
+_SCALAR = re.compile(
+    r"""(?P<string>"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+")"""
+    r"|(?P<other>-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+|true|false|null)"
+)
+_NOT_A_NUMBER = re.compile(r"NaN|-?Infinity")
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """What is wrong with a JSON text: where (a JSON pointer) and what. `malformed`: it is not JSON at all."""
+
+    pointer: str
+    detail: str
+    malformed: bool
+
+
+def payload_fault(raw: bytes) -> Fault | None:
+    """Why a syntactically valid JSON text cannot be a payload; None when it can."""
+    if raw[:1] != b"{":
+        return Fault("", f"must be a JSON object, not {kind_of_json(raw)}", malformed=False)
+    if b"\\u0000" not in raw and not _is_deep(raw):
+        return None
+    return find_fault(raw.decode(), depth_max=DEPTH_MAX)
+
+
+def kind_of_json(raw: bytes) -> str:
+    """What sort of value a JSON text is, in words."""
+    kinds = {b"{": "an object", b"[": "an array", b'"': "a string", b"t": "true", b"f": "false", b"n": "null"}
+    return kinds.get(raw.lstrip()[:1], "a number")
+
+
+def pointer_to(parent: str, key: str | int) -> str:
+    """The JSON pointer (RFC 6901) of a member of `parent`. A key over 200 characters is cut, with an ellipsis."""
+    text = str(key)
+    if len(text) > _POINTER_KEY_MAX_CHARS:
+        text = text[:_POINTER_KEY_MAX_CHARS] + "…"
+    return f"{parent}/{text.replace('~', '~0').replace('/', '~1')}"
+
+
+def find_fault(text: str, *, depth_max: int) -> Fault | None:
+    """The first thing in a text that keeps it from being JSON that Clarion takes; None when there is none."""
+    try:
+        _Reader(text, depth_max).read()
+    except _FaultFound as found:
+        return found.fault
+    return None
+
+
+def _is_deep(raw: bytes) -> bool:
+    """Whether a valid JSON text nests deeper than DEPTH_MAX: peels the innermost brackets off, level by level."""
+    if raw.count(b"{") + raw.count(b"[") <= DEPTH_MAX:
+        return False
+    brackets = _STRING.sub(b"", raw).translate(_TO_ROUND, _NOT_BRACKETS)
+    for _ in range(DEPTH_MAX):
+        brackets = brackets.replace(b"()", b"")
+    return bool(brackets)
+
+
+class _FaultFound(Exception):
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+
+class _Reader:
+    """One pass over a JSON text, without recursion: the depth of a hostile one is unbounded.
+
+    `path` holds one entry for each container that is open: the key of the object's current member (None before
+    the first), or the index of the array's current item (-1 before the first).
+    """
+
+    def __init__(self, text: str, depth_max: int) -> None:
+        self._text = text
+        self._depth_max = depth_max
+        self._at = 0
+        self._path: list[str | int | None] = []
+
+    def read(self) -> None:
+        """Raises _FaultFound at the first fault."""
+        self._value()
+        while self._path:
+            self._member_or_end()
+        if self._peek():
+            raise self._malformed()
+
+    def _value(self) -> None:
+        first = self._peek()
+        if first and first in "{[":
+            self._open(None if first == "{" else -1)
+            return
+        match = _SCALAR.match(self._text, self._at)
+        if match is None:
+            raise self._malformed()
+        self._at = match.end()
+        if match["string"]:
+            self._decode(match["string"], "a string")
+
+    def _open(self, entry: int | None) -> None:
+        if len(self._path) >= self._depth_max:
+            raise self._fault(f"nests deeper than {DEPTH_MAX} levels")
+        self._at += 1
+        self._path.append(entry)
+
+    def _member_or_end(self) -> None:
+        current = self._path[-1]
+        if self._take("]" if isinstance(current, int) else "}"):
+            self._path.pop()
+            return
+        if current not in (None, -1) and not self._take(","):
+            raise self._malformed()
+        self._path[-1] = current + 1 if isinstance(current, int) else self._key()
+        self._value()
+
+    def _key(self) -> str:
+        self._peek()
+        match = _SCALAR.match(self._text, self._at)
+        if match is None or not match["string"]:
+            raise self._malformed()
+        self._path[-1] = None
+        key = self._decode(match["string"], "a key")
+        self._at = match.end()
+        if not self._take(":"):
+            raise self._malformed()
+        return key
+
+    def _decode(self, token: str, what: str) -> str:
+        if "\\" not in token:
+            return token[1:-1]
+        text: str = json.loads(token)
+        if "\x00" in text:
+            raise self._fault(f"{what} holds \\u0000, which Postgres cannot store as text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise self._fault(
+                f"{what} holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            ) from None
+        return text
+
+    def _peek(self) -> str:
+        """The next character that is not space, or nothing at the end."""
+        match = _SPACE.match(self._text, self._at)
+        self._at = match.end() if match else self._at
+        return self._text[self._at : self._at + 1]
+
+    def _take(self, character: str) -> bool:
+        found = self._peek() == character
+        self._at += found
+        return found
+
+    def _fault(self, detail: str) -> _FaultFound:
+        return _FaultFound(Fault(self._pointer(), detail, malformed=False))
+
+    def _malformed(self) -> _FaultFound:
+        line = self._text.count("\n", 0, self._at) + 1
+        column = self._at - self._text.rfind("\n", 0, self._at)
+        detail = f"is not valid JSON at line {line}, column {column}: {self._surprise()}"
+        return _FaultFound(Fault(self._pointer(), detail, malformed=True))
+
+    def _surprise(self) -> str:
+        character = self._peek()
+        number = _NOT_A_NUMBER.match(self._text, self._at)
+        if number:
+            return f"{number[0]} has no JSON form; send null or a string"
+        if character == '"':
+            return "a string with a raw control character or an unknown escape, or without an end"
+        return f"unexpected {character!r}" if character else "unexpected end"
+
+    def _pointer(self) -> str:
+        pointer = ""
+        for entry in self._path:
+            if entry not in (None, -1):
+                pointer = pointer_to(pointer, entry)
+        return pointer

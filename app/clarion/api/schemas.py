@@ -1,0 +1,154 @@
+"""What requests about jobs may say, and the conversions to Clarion's own records."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from clarion.api.cursor import decode_cursor
+from clarion.api.decoding import Form, below
+from clarion.api.payload import payload_fault
+from clarion.durations import format_duration, parse_duration
+from clarion.errors import FieldError
+from clarion.job import JobFilter, JobState, NewJob
+from clarion.names import NAME_PATTERN
+
+_DAY_SECONDS = 86_400
+DELAY_MAX_SECONDS = 3_650 * _DAY_SECONDS
+LIST_MAX = 500
+# Dates that the columns, and the arithmetic on the time part of ids, are sure to hold.
+_EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(2200, 1, 1, tzinfo=UTC)
+
+# The least and the most seconds of each duration. A timeout under a millisecond would not survive its `real` column.
+_DURATION_BOUNDS = {
+    "delay": (0, DELAY_MAX_SECONDS),
+    "timeout": (0.001, 30 * _DAY_SECONDS),
+    "backoff": (0, _DAY_SECONDS),
+    "backoff_cap": (0, 7 * _DAY_SECONDS),
+}
+
+Name = Annotated[
+    str,
+    Meta(
+        pattern=NAME_PATTERN,
+        description="must be 1 to 128 of the characters A-Z a-z 0-9 _ . : / -, the first a letter or digit",
+    ),
+]
+Duration = Annotated[str | float, Meta(description='Seconds, or a number with a unit: "250ms", "30s", "5m", "2h".')]
+Moment = Annotated[datetime, Meta(tz=True, description="must be RFC 3339 with an offset, as in 2026-01-31T12:00:00Z")]
+State = Annotated[JobState, Meta(description=f"must be one of {', '.join(JobState)}")]
+
+
+class JobIn(Form, frozen=True, kw_only=True):
+    """A job to enqueue. What it leaves open, the task's definition decides, then the settings."""
+
+    task: Name
+    queue: Name = "default"
+    args: Annotated[
+        Raw | UnsetType, Meta(description="A JSON object, kept to the letter.", extra_json_schema={"type": "object"})
+    ] = UNSET
+    priority: Annotated[int, Meta(ge=-100, le=100, description="Higher runs first.")] = 0
+    run_at: Moment | None = None
+    delay: Duration | None = None
+    max_attempts: Annotated[int, Meta(ge=1, le=1000, description="Runs, the first included.")] | None = None
+    timeout: Duration | None = None
+    backoff: Duration | None = None
+    backoff_cap: Duration | None = None
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """A payload that is a storable object, durations within bounds, one start within ten years."""
+        fault = payload_fault(bytes(self.args)) if self.args is not UNSET else None
+        if fault:
+            yield FieldError(fault.detail, pointer=f"/args{fault.pointer}")
+        for name in _DURATION_BOUNDS:
+            try:
+                self._seconds(name)
+            except ValueError as error:
+                yield FieldError(str(error), pointer=f"/{name}")
+        if self.run_at is not None and self.delay is not None:
+            yield FieldError("excludes run_at: give one of them", pointer="/delay")
+        if self.run_at is not None and not _EARLIEST <= self.run_at <= _latest_start():
+            yield FieldError("must be between 1970 and ten years from now", pointer="/run_at")
+
+    def to_new_job(self) -> NewJob:
+        """The record that is stored."""
+        return NewJob(
+            task=self.task,
+            queue=self.queue,
+            args="{}" if self.args is UNSET else str(bytes(self.args), "utf-8"),
+            priority=self.priority,
+            run_at=self.run_at,
+            delay_seconds=self._seconds("delay"),
+            max_attempts=self.max_attempts,
+            timeout_seconds=self._seconds("timeout"),
+            backoff_seconds=self._seconds("backoff"),
+            backoff_cap_seconds=self._seconds("backoff_cap"),
+        )
+
+    def _seconds(self, name: str) -> float | None:
+        value = getattr(self, name)
+        if value is None:
+            return None
+        least, most = _DURATION_BOUNDS[name]
+        seconds = parse_duration(value, max_seconds=most)
+        if seconds < least:
+            raise ValueError(f"must be between {format_duration(least)} and {format_duration(most)}")
+        return seconds
+
+
+class BatchIn(Form, frozen=True, kw_only=True):
+    """Jobs to enqueue together, all or none."""
+
+    jobs: list[JobIn]
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Those of every job."""
+        for index, job in enumerate(self.jobs):
+            for error in job.broken_rules():
+                yield below(f"/jobs/{index}", error)
+
+
+class JobQuery(Form, frozen=True, kw_only=True):
+    """`wait`: answer when the job is finished, or after so long."""
+
+    wait: str | None = None
+
+
+class JobListQuery(Form, frozen=True, kw_only=True):
+    """Which jobs to list, newest first."""
+
+    state: State | None = None
+    queue: Name | None = None
+    task: Name | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
+    limit: Annotated[int, Meta(ge=1, le=LIST_MAX, description=f"must be a whole number from 1 to {LIST_MAX}")] = 50
+    cursor: str | None = None
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Dates that Postgres can hold, and a cursor of ours."""
+        for name in ("created_after", "created_before"):
+            moment = getattr(self, name)
+            if moment is not None and not _EARLIEST <= moment <= _LATEST:
+                yield FieldError("must be between 1970 and 2200", parameter=name)
+        try:
+            self.to_filter()
+        except ValueError as error:
+            yield FieldError(str(error), parameter="cursor")
+
+    def to_filter(self) -> JobFilter:
+        """The record that the store takes."""
+        return JobFilter(
+            state=self.state,
+            queue=self.queue,
+            task=self.task,
+            created_after=self.created_after,
+            created_before=self.created_before,
+            before_id=decode_cursor(self.cursor) if self.cursor is not None else None,
+        )
+
+
+def _latest_start() -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=DELAY_MAX_SECONDS)

@@ -1,0 +1,32 @@
+"""What request handlers work with; `clarion/main.py` makes one and hands it to `create_app`."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import anyio
+import msgspec
+
+from clarion.job import Enqueued, NewJob
+from clarion.settings import Settings
+from clarion.store import Store
+from clarion.waits import Waits
+
+
+class Adder(Protocol):
+    """Commits jobs and wakes whoever can run them."""
+
+    async def enqueue_one(self, job: NewJob) -> Enqueued:
+        """Adds one job, together with those of other requests; returns after its commit."""
+
+    async def enqueue(self, jobs: Sequence[NewJob]) -> list[Enqueued]:
+        """Adds all jobs or none; returns after the commit, in the order of the input."""
+
+
+class Services(msgspec.Struct, frozen=True, kw_only=True):
+    """One process's parts, shared by all requests. `draining` is set once, when shutdown begins."""
+
+    store: Store
+    enqueuer: Adder
+    waits: Waits
+    settings: Settings
+    draining: anyio.Event
