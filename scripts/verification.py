@@ -166,9 +166,7 @@ async def _lines(stream: ByteReceiveStream) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def running(
-    command: list[str], *, cwd: Path | None = None, merge_output: bool = False
-) -> AsyncIterator[Child]:
+async def running(command: list[str], *, cwd: Path | None = None, merge_output: bool = False) -> AsyncIterator[Child]:
     """A child process that does not outlive the block; with `merge_output` its standard output is read as well."""
     if merge_output:
         command = ["sh", "-c", 'exec "$@" >&2', "sh", *command]

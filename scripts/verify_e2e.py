@@ -6,6 +6,8 @@ half-way and another started. Every result is compared with a digest computed he
 each job has exactly one finish and whether the killed worker's jobs ran again.
 """
 
+import environment  # isort: skip  # noqa: F401  first: makes the imports below work
+
 import argparse
 import hashlib
 import signal

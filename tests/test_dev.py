@@ -87,7 +87,7 @@ async def test_ctrl_c_leaves_nothing_running_and_the_next_start_finds_the_data(t
         where = (await child.line_with("Data:")).split()[-1]
         job = await run_job(url, task="demo.echo", args={"kept": True})
     assert not processes_of(tmp_path)
-    assert Path(where).is_dir()
+    assert await anyio.Path(where).is_dir()
     async with dev(tmp_path) as (_, url), httpx2.AsyncClient(base_url=url) as http:
         assert (await http.get(f"/v1/jobs/{job['id']}")).json()["result"] == {"kept": True}
 
@@ -111,9 +111,7 @@ async def test_a_second_dev_on_the_same_data_says_so(tmp_path: Path) -> None:
 async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     async with dev(tmp_path, "--ephemeral") as (_, url):
         port = url.rpartition(":")[2]
-        second = await anyio.run_process(
-            [*clarion(), "dev", "--ephemeral", "--port", port], cwd=tmp_path, check=False
-        )
+        second = await anyio.run_process([*clarion(), "dev", "--ephemeral", "--port", port], cwd=tmp_path, check=False)
     assert second.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}".encode() in second.stderr
 

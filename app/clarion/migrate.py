@@ -17,6 +17,9 @@ from clarion.statements import Migration, bootstrap, migrations, statement
 log = structlog.get_logger()
 
 
+_LOCK_WAIT_SECONDS = 5
+
+
 class Applied(msgspec.Struct, frozen=True):
     """A migration that a database has seen."""
 
@@ -58,8 +61,7 @@ async def migration_status(settings: Settings) -> list[MigrationStatus]:
     connection = await connect(settings, name="migrate")
     try:
         with translated_errors():
-            present = await connection.fetchval(statement("has_migrations"))
-            seen = await _read_applied(connection) if present else {}
+            seen = await _read_applied(connection)
     finally:
         await connection.close()
     steps = _checked(seen)
@@ -83,13 +85,18 @@ def migration_script() -> str:
 
 async def _apply(connection: asyncpg.Connection[asyncpg.Record], step: Migration) -> None:
     async with connection.transaction():
+        # A migration that waits for a lock makes everybody behind it wait too: rather give up, and be run again.
+        await connection.execute(statement("limit_lock_wait"), f"{_LOCK_WAIT_SECONDS}s")
         await connection.execute(step.sql)
         await connection.execute(statement("record_migration"), step.version, step.name, step.checksum)
     log.info(Event.MIGRATION_APPLIED, version=step.version, name=step.name)
 
 
 async def _read_applied(connection: asyncpg.Connection[asyncpg.Record]) -> dict[int, Applied]:
-    rows = await connection.fetch(statement("read_migrations"))
+    try:
+        rows = await connection.fetch(statement("read_migrations"))
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        return {}  # never migrated
     return {row["version"]: Applied(*row) for row in rows}
 
 

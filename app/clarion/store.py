@@ -12,8 +12,20 @@ import msgspec
 
 from clarion.db import Executor
 from clarion.job import (
-    Completion, Enqueued, Failure, Heartbeat, Job, JobFilter, JobSummary, Lease, NewJob, Policy,
-    Reaped, Release, Snoozing, WorkerRecord,
+    Completion,
+    Enqueued,
+    Failure,
+    Heartbeat,
+    Job,
+    JobFilter,
+    JobSummary,
+    Lease,
+    NewJob,
+    Policy,
+    Reaped,
+    Release,
+    Snoozing,
+    WorkerRecord,
 )  # fmt: skip
 from clarion.settings import Settings
 from clarion.statements import statement

@@ -15,8 +15,9 @@ create type clarion.dead_reason as enum (
   'attempts_exhausted', 'not_retryable', 'undecodable_payload', 'result_unstorable', 'crash_loop'
 );
 
--- Time-ordered ids (UUIDv7, RFC 9562 section 5.7), so that new rows share index pages. PostgreSQL 18 has them
--- built in; before it, the bits are set on a random UUID: 48 bits of milliseconds, then the version.
+-- Time-ordered ids (UUIDv7, RFC 9562 section 5.7), so that new rows share index pages and jobs of one statement keep
+-- their order. PostgreSQL 18 has them built in; before it, the first bytes of a random UUID are replaced by what it
+-- does too: 48 bits of whole milliseconds, the version, and 12 bits for the fraction (section 6.2, method 3).
 do $$
 begin
   if current_setting('server_version_num')::int >= 180000 then
@@ -25,10 +26,11 @@ begin
   else
     create function clarion.new_id() returns uuid language sql volatile parallel safe
       set search_path = pg_catalog as $body$
-        select encode(set_bit(set_bit(overlay(
+        select encode(overlay(
           uuid_send(gen_random_uuid())
-          placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
-          from 1 for 6), 52, 1), 53, 1), 'hex')::uuid
+          placing substring(int8send(us / 1000) from 3) || substring(int8send(28672 + us % 1000 * 4096 / 1000) from 7)
+          from 1 for 8), 'hex')::uuid
+        from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) as clock
       $body$;
   end if;
 end
@@ -37,7 +39,9 @@ $$;
 -- The smallest id that `new_id` can have made at `moment`: turns "created since" into a range of the primary key.
 create function clarion.id_floor(moment timestamptz) returns uuid
   language sql immutable strict parallel safe
-  return encode(substring(int8send((extract(epoch from moment) * 1000)::bigint) from 3) || '\x70008000000000000000'::bytea, 'hex')::uuid;
+  return encode(
+    substring(int8send(greatest(floor(extract(epoch from moment) * 1000), 0)::bigint) from 3)
+    || '\x70008000000000000000'::bytea, 'hex')::uuid;
 
 -- The wait after the n-th error or crash: min(cap, base · 2^(n-1)), ±20 % at random, so that jobs that failed
 -- together do not come back together. The exponent is clamped: 2^60 s is past every cap.
@@ -46,13 +50,18 @@ create function clarion.backoff(n integer, base_seconds float8, cap_seconds floa
   return make_interval(secs =>
     least(cap_seconds, base_seconds * power(2, least(greatest(n, 1), 60) - 1)) * (0.8 + 0.4 * random()));
 
--- When a lease taken or renewed now runs out: never past the attempt's timeout, so a worker that does not cancel
--- its handler loses the job even under healthy heartbeats. The 5 s let a worker that does report it first.
+-- The moment past which no lease of an attempt is extended; null without a timeout. A worker that does not cancel its
+-- handler loses the job then even under healthy heartbeats; the 5 s let a worker that does report it first.
+create function clarion.attempt_deadline(started_at timestamptz, timeout_seconds real) returns timestamptz
+  language sql stable parallel safe
+  return started_at + make_interval(secs => timeout_seconds + 5);
+
+-- When a lease taken or renewed now runs out.
 create function clarion.lease_end(lease_seconds float8, started_at timestamptz, timeout_seconds real) returns timestamptz
   language sql volatile parallel safe
   return least(
     clock_timestamp() + make_interval(secs => lease_seconds),
-    started_at + make_interval(secs => timeout_seconds + 5));
+    clarion.attempt_deadline(started_at, timeout_seconds));
 
 create table clarion.jobs (
   id uuid primary key default clarion.new_id(),
@@ -149,10 +158,39 @@ create table clarion.attempts (
   error_type text,
   error_message text,
   error_trace text,
+  reaped boolean not null default false,  -- ended by the reaper: no call of its worker can be a repetition
 
   primary key (job_id, lease_token)
 );
 create index attempts_ended on clarion.attempts (ended_at);
+
+-- The next two answer a call whose token holds nothing: was it made before, and its answer lost? They are volatile
+-- functions on purpose, since each of their queries sees what is committed by now. The calling statement does not: if
+-- the same call is still being committed elsewhere, it waits for the row, finds it gone, and its own snapshot, older
+-- than the wait, would take that for a lost lease. They also spare the calls that do hold their job the planning and
+-- the locks of every partition of the history.
+
+-- Whether the attempt of this token completed its job.
+create function clarion.was_completed(job uuid, token uuid) returns boolean
+  language plpgsql volatile set search_path = pg_catalog as $$
+begin
+  return exists (
+    select from clarion.job_history as h where h.id = job and h.lease_token = token and h.state = 'succeeded'
+  );
+end
+$$;
+
+-- What the attempt of this token made of its job, if its worker ended it in one of these ways; null: it did not.
+create function clarion.ended_as(job uuid, token uuid, outcomes clarion.attempt_outcome[]) returns clarion.job_state
+  language plpgsql volatile set search_path = pg_catalog as $$
+begin
+  return (
+    select a.state
+    from clarion.attempts as a
+    where a.job_id = job and a.lease_token = token and a.outcome = any(outcomes) and not a.reaped
+  );
+end
+$$;
 
 -- Settings of a queue; a queue without a row has the defaults.
 create table clarion.queues (

@@ -1,7 +1,7 @@
 -- What start-up and /readyz check of the database: is it safe to keep promises on?
 --
--- One row: fsync, full_page_writes, in_recovery, server version number, latest migration (null: none), tables that
--- are not logged, and required unique indexes that are missing or invalid.
+-- One row: fsync, in recovery, server version number, latest migration (null: none), tables that are not logged, and
+-- tables whose primary key is missing or invalid.
 select
   current_setting('fsync')::boolean as fsync,
   pg_is_in_recovery() as read_only,

@@ -7,13 +7,15 @@
 --
 -- The first lost lease is nearly always the machine's fault, not the job's: the job is ready again at once, in its
 -- old place. From the second on it backs off from 1 s, and at the crash budget it is dead as `crash_loop`. An
--- attempt that outlived its timeout is charged as an error, not as a crash.
--- Plan: a scan of jobs_running, as many entries as jobs run at this moment. No index holds the expiry, so that a
--- heartbeat is a HOT update.
+-- attempt whose lease reached its deadline outlived its timeout: an error, not a crash. That the clock is past the
+-- deadline would prove nothing: the reaper may be late.
+-- Plan: a scan of jobs_running, as many entries as jobs run at this moment; no index holds the expiry, so that a
+-- heartbeat is a HOT update. Then one primary key probe a job taken; for `any(array[…])` see complete_jobs (500 of
+-- 41,600 jobs, planned while the table was empty: 9.3 s with `=`, now 7 ms).
 with expired as materialized (
   select
     j.*,
-    coalesce(clock_timestamp() >= j.started_at + make_interval(secs => j.timeout_seconds), false) as timed_out
+    coalesce(j.lease_expires_at >= clarion.attempt_deadline(j.started_at, j.timeout_seconds), false) as timed_out
   from clarion.jobs as j
   where
     j.state = 'running'
@@ -57,12 +59,12 @@ ended as (
     crashes = j.crashes + (not d.timed_out)::integer,
     lease_token = null, lease_expires_at = null, worker_id = null
   from decided as d
-  where j.id = d.id
+  where j.id = any(array[d.id])
   returning j.id, j.queue, j.task, j.state, j.run_at, d.worker_id, d.attempt, d.timed_out, d.lease_token, d.started_at
 ),
 recorded as (
   insert into clarion.attempts (
-    job_id, lease_token, worker_id, attempt, outcome, state, started_at, next_run_at, error_type, error_message
+    job_id, lease_token, worker_id, attempt, outcome, state, started_at, next_run_at, error_type, error_message, reaped
   )
   select
     e.id, e.lease_token, e.worker_id, e.attempt,
@@ -72,7 +74,8 @@ recorded as (
     case
       when e.timed_out then 'the attempt outlived its timeout and its worker did not end it'
       else 'the worker stopped extending its lease: killed, hung or cut off'
-    end
+    end,
+    true
   from ended as e
 )
 select e.id, e.queue, e.task, e.state::text as state, e.attempt, e.worker_id, e.timed_out

@@ -4,15 +4,19 @@
 -- Takes: running → ready.
 -- $1 job ids, $2 lease tokens.
 -- `released` is true when this token handed the job back, now or in an earlier call; false means the lease is lost.
--- `queue` names where it waits, for the ring; null unless this call released it.
--- Plan: one primary key probe a job.
+-- `queue` names where it waits, for the ring; null unless this call released it, and named once for a call that stands
+-- in the input twice.
+-- Plan: one primary key probe a job to lock it, and one to write it; for `any(array[…])` see complete_jobs.
 with input as materialized (
   select i.* from unnest($1::uuid[], $2::uuid[]) with ordinality as i (id, token, n)
 ),
+calls as materialized (
+  select distinct on (i.id, i.token) i.* from input as i order by i.id, i.token, i.n
+),
 held as materialized (
-  select i.*, j.worker_id, j.attempt, j.started_at
-  from input as i
-  join clarion.jobs as j on j.id = i.id and j.lease_token = i.token
+  select c.*, j.worker_id, j.attempt, j.started_at
+  from calls as c
+  join clarion.jobs as j on j.id = any(array[c.id]) and j.lease_token = c.token
   for update of j
 ),
 ended as (
@@ -22,16 +26,17 @@ ended as (
     attempt = j.attempt - 1,
     lease_token = null, lease_expires_at = null, worker_id = null
   from held as h
-  where j.id = h.id
-  returning h.n, j.queue
+  where j.id = any(array[h.id])
+  returning h.id, h.token, h.n, j.queue
 ),
 recorded as (
   insert into clarion.attempts (job_id, lease_token, worker_id, attempt, outcome, state, started_at)
   select h.id, h.token, h.worker_id, h.attempt, 'released', 'ready', h.started_at
   from held as h
 )
-select e.n is not null or a.job_id is not null as released, e.queue
+select
+  case when e.id is not null then true else clarion.ended_as(i.id, i.token, '{released}') is not null end as released,
+  case when e.n = i.n then e.queue end as queue
 from input as i
-left join ended as e on e.n = i.n
-left join clarion.attempts as a on a.job_id = i.id and a.lease_token = i.token and a.outcome = 'released'
+left join ended as e on e.id = i.id and e.token = i.token
 order by i.n

@@ -25,7 +25,7 @@ from clarion.errors import (
 
 PROBLEM_JSON = "application/problem+json"
 _INSTANCE_MAX_CHARS = 500
-_LINGER_SECONDS = 2.0
+LINGER_SECONDS = 2.0
 
 
 class ProblemOut(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +109,7 @@ class LingeringResponse(Response):
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start)
         await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
-        with anyio.move_on_after(_LINGER_SECONDS), contextlib.suppress(ClientDisconnect, RequestTimeout):
+        with anyio.move_on_after(LINGER_SECONDS), contextlib.suppress(ClientDisconnect, RequestTimeout):
             async for _ in read_chunks(receive):
                 pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,367 @@
+"""Enqueueing, showing and listing jobs over HTTP."""
+
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx2
+import msgspec
+import pytest
+
+from api_harness import claim, client_of, finish, services_over
+from clarion.api.app import create_app
+from clarion.api.services import Services
+from clarion.db import Database, open_database
+from clarion.job import DeadReason, Failure
+from clarion.settings import Settings
+from clarion.store import Store
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture
+def services(store: Store, settings: Settings) -> Services:
+    return services_over(store, settings)
+
+
+@pytest.fixture
+async def client(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(services) as client:
+        yield client
+
+
+async def enqueue(client: httpx2.AsyncClient, **fields: Any) -> Any:
+    """Enqueues a job; what was answered."""
+    answer = await client.post("/v1/jobs", json={"task": "work"} | fields)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+# -- Enqueueing ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_job_is_answered_with_its_address_and_its_whole_representation(client: httpx2.AsyncClient) -> None:
+    answer = await client.post("/v1/jobs", json={"task": "work", "args": {"n": 1}})
+    job = answer.json()
+    assert answer.status_code == 201
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert job["created_at"] == job["run_at"]
+    assert job["created_at"].endswith("Z")
+    assert job == {
+        "id": job["id"], "queue": "default", "task": "work", "state": "ready", "priority": 0, "args": {"n": 1},
+        "result": None, "attempt": 0, "max_attempts": None, "errors": 0, "crashes": 0, "snoozes": 0,
+        "created_at": job["created_at"], "run_at": job["run_at"], "started_at": None, "finished_at": None,
+        "timeout": None, "worker": None, "dead_reason": None, "error": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"queue": "mail", "priority": -7, "max_attempts": 3},
+        {"delay": "1.5h"},
+        {"delay": 0.25},
+        {"delay": 0},
+        {"run_at": "2026-01-01T00:00:00+02:00"},
+        {"timeout": "0.1s"},
+        {"timeout": 12345.678, "backoff": "1ms", "backoff_cap": 0},
+    ],
+)
+async def test_what_is_answered_is_what_is_read_back(client: httpx2.AsyncClient, fields: dict[str, Any]) -> None:
+    job = await enqueue(client, **fields)
+    assert (await client.get(f"/v1/jobs/{job['id']}")).json() == job
+    assert {name: job[name] for name in fields.keys() & {"queue", "priority", "max_attempts"}} == {
+        name: value for name, value in fields.items() if name in {"queue", "priority", "max_attempts"}
+    }
+
+
+async def test_a_delay_counts_from_the_database_s_now(client: httpx2.AsyncClient) -> None:
+    job = await enqueue(client, delay="90s")
+    assert job["state"] == "scheduled"
+    assert datetime.fromisoformat(job["run_at"]) - datetime.fromisoformat(job["created_at"]) == timedelta(seconds=90)
+
+
+async def test_a_start_in_the_past_is_now(client: httpx2.AsyncClient) -> None:
+    job = await enqueue(client, run_at="1970-01-01T00:00:00Z")
+    assert (job["state"], job["run_at"]) == ("ready", job["created_at"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        b"{}",
+        b'{ "b" : 1.10 ,\n\t"a":1E+2, "b":2}',
+        b'{"n":' + b"9" * 5_000 + b"}",
+        b'{"n":[1e400,-1e-400,-0,0.1000000000000000055511151231257827]}',
+        '{"é":"\u2028 \x7f 𝄞 e\u0301"}'.encode(),
+        b'{"a":"\\ud834\\udd1e \\u00e9 \\/ \\\\u0000"}',
+        b'{"q":"\'; drop table clarion.jobs; --","h":"<script>alert(1)</script>","$1":"%s {0}"}',
+        b'{"a":' + b"[" * 63 + b"]" * 63 + b"}",
+        b'{"":{"":""}}',
+        b'{"big":"' + b"x" * 500_000 + b'"}',
+    ],
+)
+async def test_args_come_back_to_the_letter(client: httpx2.AsyncClient, args: bytes) -> None:
+    answer = await client.post("/v1/jobs", content=b'{"task":"work","args":  ' + args + b" }", headers=JSON)
+    assert answer.status_code == 201
+    read = await client.get(answer.headers["location"])
+    assert b'"args":' + args + b"," in answer.content
+    assert b'"args":' + args + b"," in read.content
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "pointer"),
+    [
+        (b"", 400, ""),
+        (b"{", 400, ""),
+        (b"task=work", 400, ""),
+        (b'{"task":"work","args":{"a":NaN}}', 400, "/args/a"),
+        (b'{"task":"work","args":{"a":[-Infinity]}}', 400, "/args/a/0"),
+        (b'{"task":"work","args":{"a":"\xff"}}', 400, "/args/a"),
+        (b'{"task":"work","args":{"a":"\xed\xa0\x80"}}', 400, "/args/a"),
+        (b"[]", 422, ""),
+        (b"{}", 422, "/task"),
+        (b'{"task":"work","args":null}', 422, "/args"),
+        (b'{"task":"work","args":{"a":"\\u0000"}}', 422, "/args/a"),
+        (b'{"task":"work","args":{"a":{"\\u0000":1}}}', 422, "/args/a"),
+        (b'{"task":"work","args":{"a":"\\ud800"}}', 422, "/args/a"),
+        (b'{"task":"work","args":{"\\udc00":1}}', 422, "/args"),
+        (b'{"task":"work","args":{"a":' + b"[" * 64 + b"]" * 64 + b"}}", 422, "/args/a" + "/0" * 63),
+        (b'{"task":"work","args":{"a":' + b"[" * 500_000 + b"]" * 500_000 + b"}}", 422, "/args/a" + "/0" * 65),
+        (b'{"task":"work","priority":1e400}', 422, "/priority"),
+        (b'{"task":"work","priority":101}', 422, "/priority"),
+        (b'{"task":"work","run_at":"2026-01-01T00:00:00"}', 422, "/run_at"),
+        (b'{"task":"work","run_at":"infinity"}', 422, "/run_at"),
+        (b'{"task":"work","run_at":"294276-01-01T00:00:00Z"}', 422, "/run_at"),
+        (b'{"task":"work","run_at":"9999-12-31T23:59:59-23:59"}', 422, "/run_at"),
+        (b'{"task":"work","delay":"-1s"}', 422, "/delay"),
+        (b'{"task":"","queue":"default"}', 422, "/task"),
+        (b'{"task":"work","queue":"a b"}', 422, "/queue"),
+        (b'{"task":"work","unknown":1}', 422, "/unknown"),
+    ],
+)
+async def test_bad_input_is_refused_with_its_place_and_leaves_no_row(
+    client: httpx2.AsyncClient, body: bytes, status: int, pointer: str
+) -> None:
+    answer = await client.post("/v1/jobs", content=body, headers=JSON)
+    problem = answer.json()
+    assert (answer.status_code, [error["pointer"] for error in problem["errors"]]) == (status, [pointer])
+    assert not problem["retryable"]
+    assert (await client.get("/v1/jobs")).json() == {"jobs": [], "next_cursor": None}
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "Application/JSON; charset=utf-8", None])
+async def test_json_is_read_with_or_without_its_name(client: httpx2.AsyncClient, media_type: str | None) -> None:
+    headers = {"content-type": media_type} if media_type else {}
+    assert (await client.post("/v1/jobs", content=b'{"task":"work"}', headers=headers)).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    ["application/x-www-form-urlencoded", "text/plain", "application/xml", "application/x-ndjson", "json", ""],
+)
+async def test_any_other_media_type_is_told_what_to_send(client: httpx2.AsyncClient, media_type: str) -> None:
+    answer = await client.post("/v1/jobs", content=b'{"task":"work"}', headers={"content-type": media_type})
+    assert answer.status_code == 415
+    assert "-H 'content-type: application/json'" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity", "zip-bomb"])
+async def test_a_compressed_body_is_not_inflated(client: httpx2.AsyncClient, encoding: str) -> None:
+    answer = await client.post("/v1/jobs", content=b"\x1f\x8b", headers=JSON | {"content-encoding": encoding})
+    assert (answer.status_code, answer.json()["type"]) == (415, "/problems/unsupported-media-type")
+
+
+# -- One job -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "job_id",
+    ["1", "x" * 5_000, "%00", "0191e7a0000070008000000000000000", "{0191e7a0-0000-7000-8000-000000000000}",
+     "urn:uuid:0191e7a0-0000-7000-8000-000000000000", "0191e7a0-0000-7000-8000-00000000000g", "'--"],
+)  # fmt: skip
+async def test_an_id_that_is_no_uuid_is_not_found_and_says_why(client: httpx2.AsyncClient, job_id: str) -> None:
+    answer = await client.get(f"/v1/jobs/{job_id}")
+    assert answer.status_code == 404
+    assert "UUID" in answer.json()["detail"]
+
+
+async def test_a_job_that_does_not_exist_is_not_found(client: httpx2.AsyncClient) -> None:
+    assert (await client.get(f"/v1/jobs/{uuid4()}")).json()["type"] == "/problems/not-found"
+
+
+async def test_an_id_in_upper_case_is_the_same_id(client: httpx2.AsyncClient) -> None:
+    job = await enqueue(client)
+    assert (await client.get(f"/v1/jobs/{job['id'].upper()}")).json() == job
+
+
+async def test_a_running_job_shows_who_runs_it(client: httpx2.AsyncClient, store: Store, worker_id: UUID) -> None:
+    job = await enqueue(client)
+    await claim(store, worker_id)
+    shown = (await client.get(f"/v1/jobs/{job['id']}")).json()
+    assert (shown["state"], shown["attempt"], shown["worker"]) == ("running", 1, str(worker_id))
+    assert shown["started_at"]
+
+
+async def test_a_finished_job_shows_its_result_to_the_letter(
+    client: httpx2.AsyncClient, store: Store, worker_id: UUID
+) -> None:
+    job = await enqueue(client, args={"n": 1})
+    result = '{"n": 1.10, "n":' + "9" * 400 + "}"
+    await finish(store, worker_id, result=result)
+    shown = await client.get(f"/v1/jobs/{job['id']}")
+    assert f'"result":{result},' in shown.text
+    assert (shown.json()["state"], shown.json()["args"], shown.json()["error"]) == ("succeeded", {"n": 1}, None)
+    assert shown.json()["finished_at"] > job["created_at"]
+
+
+async def test_a_dead_job_shows_why(client: httpx2.AsyncClient, store: Store, worker_id: UUID) -> None:
+    job = await enqueue(client)
+    lease = await claim(store, worker_id)
+    failure = Failure(
+        id=lease.id,
+        token=lease.token,
+        error_type="ValueError",
+        error_message="<b>no</b>",
+        dead_reason=DeadReason.NOT_RETRYABLE,
+    )
+    assert await store.fail_jobs([failure]) == ["dead"]
+    shown = (await client.get(f"/v1/jobs/{job['id']}")).json()
+    assert (shown["state"], shown["dead_reason"], shown["errors"]) == ("dead", "not_retryable", 1)
+    assert shown["error"] == {"type": "ValueError", "message": "<b>no</b>"}
+
+
+# -- Lists ---------------------------------------------------------------------------------------------------------
+
+
+async def ids_of_pages(client: httpx2.AsyncClient, path: str) -> list[list[str]]:
+    """The ids of every page, following the links."""
+    pages = []
+    while path:
+        answer = await client.get(path)
+        assert answer.status_code == 200, answer.text
+        page = answer.json()
+        pages.append([job["id"] for job in page["jobs"]])
+        link = answer.headers.get("link", "")
+        assert bool(link) == bool(page["next_cursor"])
+        path = link.removeprefix("<").partition(">")[0]
+    return pages
+
+
+async def test_pages_hold_every_job_once_newest_first_live_and_finished(
+    client: httpx2.AsyncClient, store: Store, worker_id: UUID
+) -> None:
+    ids = [(await enqueue(client))["id"] for _ in range(3)]
+    await finish(store, worker_id)
+    await finish(store, worker_id)
+    ids += [(await enqueue(client, task="other"))["id"] for _ in range(2)]
+    newest_first = ids[::-1]
+    assert await ids_of_pages(client, "/v1/jobs?limit=2") == [newest_first[:2], newest_first[2:4], newest_first[4:]]
+    assert await ids_of_pages(client, "/v1/jobs?limit=5") == [newest_first]
+    assert await ids_of_pages(client, "/v1/jobs") == [newest_first]
+
+
+async def test_a_page_stays_right_while_jobs_come_and_finish(
+    client: httpx2.AsyncClient, store: Store, worker_id: UUID
+) -> None:
+    ids = [(await enqueue(client))["id"] for _ in range(4)]
+    first = await client.get("/v1/jobs?limit=2")
+    await enqueue(client)
+    await finish(store, worker_id)
+    second = await client.get("/v1/jobs", params={"cursor": first.json()["next_cursor"], "limit": "2"})
+    assert [job["id"] for page in (first, second) for job in page.json()["jobs"]] == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", ["c", "b", "a"]),
+        ("state=ready", ["c", "b"]),
+        ("state=succeeded", ["a"]),
+        ("state=cancelled", []),
+        ("queue=q", ["c"]),
+        ("queue=none", []),
+        ("task=b", ["b"]),
+        ("state=ready&queue=default", ["b"]),
+        ("created_after=2026-01-01T00:00:00Z", ["c", "b", "a"]),
+        ("created_after=2199-01-01T00:00:00Z", []),
+        ("created_before=2026-01-01T00:00:00Z", []),
+        ("created_after=1970-01-01T00:00:00Z&created_before=2199-01-01T00:00:00Z", ["c", "b", "a"]),
+    ],
+)
+async def test_a_list_holds_what_its_filters_name(
+    client: httpx2.AsyncClient, store: Store, worker_id: UUID, query: str, expected: list[str]
+) -> None:
+    await enqueue(client, task="a")
+    await finish(store, worker_id, task="a")
+    await enqueue(client, task="b")
+    await enqueue(client, task="c", queue="q")
+    listed = (await client.get(f"/v1/jobs?{query}")).json()["jobs"]
+    assert [job["task"] for job in listed] == expected
+
+
+async def test_a_list_is_cut_at_the_moment_a_job_was_created(client: httpx2.AsyncClient) -> None:
+    first, second = await enqueue(client), await enqueue(client)
+    after = await client.get("/v1/jobs", params={"created_after": second["created_at"]})
+    before = await client.get("/v1/jobs", params={"created_before": second["created_at"]})
+    assert [job["id"] for job in after.json()["jobs"]] == [second["id"]]
+    assert [job["id"] for job in before.json()["jobs"]] == [first["id"]]
+
+
+async def test_a_list_leaves_payloads_out(client: httpx2.AsyncClient) -> None:
+    job = await enqueue(client, args={"secret": "x"})
+    [listed] = (await client.get("/v1/jobs")).json()["jobs"]
+    assert listed == {name: value for name, value in job.items() if name not in {"args", "result", "error"}}
+
+
+async def test_the_next_page_keeps_the_filters(client: httpx2.AsyncClient) -> None:
+    for _ in range(2):
+        await enqueue(client, queue="q:1/x")
+    await enqueue(client)
+    pages = await ids_of_pages(client, "/v1/jobs?limit=1&queue=q:1/x&state=ready")
+    assert [len(page) for page in pages] == [1, 1]
+
+
+@pytest.mark.parametrize("cursor", ["x", "AQ", "%00", "AQAAAAAAAAAAAAAAAAAAAAAA"])
+async def test_a_cursor_that_is_not_ours_is_refused(client: httpx2.AsyncClient, cursor: str) -> None:
+    answer = await client.get(f"/v1/jobs?cursor={cursor}")
+    assert (answer.status_code, [error["parameter"] for error in answer.json()["errors"]]) == (422, ["cursor"])
+
+
+async def test_behind_a_prefix_addresses_carry_it(services: Services) -> None:
+    transport = httpx2.ASGITransport(create_app(services), root_path="/queue")
+    async with httpx2.AsyncClient(transport=transport, base_url="http://clarion") as client:
+        answer = await client.post("/queue/v1/jobs", json={"task": "work"})
+        assert answer.headers["location"] == f"/queue/v1/jobs/{answer.json()['id']}"
+        await client.post("/queue/v1/jobs", json={"task": "work"})
+        assert "</queue/v1/jobs?" in (await client.get("/queue/v1/jobs?limit=1")).headers["link"]
+
+
+# -- Weather ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/jobs"), ("GET", f"/v1/jobs/{UUID(int=7)}"), ("POST", "/v1/jobs")]
+)
+async def test_without_the_database_a_request_is_told_to_come_back(method: str, path: str) -> None:
+    settings = Settings(database_url="postgresql://nobody@127.0.0.1:1/none")
+    async with (
+        open_database(settings, name="test") as database,
+        client_of(services_over(Store(database, settings), settings)) as client,
+    ):
+        answer = await client.request(method, path, json={"task": "work"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["retryable"] is True
+
+
+async def test_a_stored_row_never_breaks_a_list(client: httpx2.AsyncClient, database: Database) -> None:
+    await database.fetch(
+        "insert into clarion.jobs (task, queue, args, run_at, timeout_seconds, state)"
+        " values (e'a\\n\\'\"<', '', '[\"\\u0000\\ud800\"]', '2199-12-31', 'infinity', 'scheduled')"
+    )
+    listed = await client.get("/v1/jobs")
+    assert listed.status_code == 200
+    [job] = msgspec.json.decode(listed.content)["jobs"]
+    assert (await client.get(f"/v1/jobs/{job['id']}")).status_code == 200
