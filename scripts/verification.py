@@ -172,17 +172,20 @@ async def running(command: list[str], *, cwd: Path | None = None, merge_output: 
         command = ["sh", "-c", 'exec "$@" >&2', "sh", *command]
     process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=cwd)
     child = Child(process)
-    async with anyio.create_task_group() as group:
-        group.start_soon(child.pump)
-        try:
-            yield child
-        finally:
-            with anyio.CancelScope(shield=True):
-                if process.returncode is None:
-                    process.kill()
-                await process.wait()
-                await process.aclose()
-            group.cancel_scope.cancel()
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(child.pump)
+            try:
+                yield child
+            finally:
+                with anyio.CancelScope(shield=True):
+                    if process.returncode is None:
+                        process.kill()
+                    await process.wait()
+                group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await process.aclose()
 
 
 def clarion() -> list[str]:

@@ -1,0 +1,195 @@
+"""What the tests of the store share: making jobs, taking them through their life, and looking at the bare rows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import anyio
+import asyncpg
+import msgspec
+
+from clarion.db import Database, connect_options, translated_errors
+from clarion.job import Completion, Enqueued, Failure, Lease, NewJob, Policy, Release, Snoozing
+from clarion.settings import Settings
+from clarion.store import Store
+
+TASK = "t"
+# What a worker may say of an attempt. All but `heartbeat` end it.
+ENDINGS = ("complete", "fail", "snooze", "release")
+VERBS = ("heartbeat", *ENDINGS)
+# A row's life, as far as a refused call could have changed it.
+EVERYTHING = """
+    select
+      (select json_agg(j order by j.id) from clarion.jobs as j)::text as jobs,
+      (select json_agg(h order by h.id) from clarion.job_history as h)::text as history,
+      (select json_agg(a order by a.job_id, a.lease_token) from clarion.attempts as a)::text as attempts
+"""
+
+
+class Jobs:
+    """Jobs of one test; `store` is what it tests."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self.database = database
+        self.settings = settings
+        self.store = Store(database, settings)
+        self.worker_id = uuid4()
+
+    async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
+        return await self.database.fetch(sql, *args)
+
+    async def enqueue(self, count: int = 1, **options: Any) -> list[Enqueued]:
+        return await self.store.enqueue_jobs([NewJob(task=TASK, **options)] * count)
+
+    async def claim(self, count: int = 1, *, queue: str = "default", **options: Any) -> list[Lease]:
+        """Claims from one queue, in the order of the line. `options`: lease_seconds, policy."""
+        leases = await self.store.claim_jobs(
+            options.get("worker_id", self.worker_id),
+            {queue: count},
+            {TASK: options.get("policy", Policy())},
+            lease_seconds=options.get("lease_seconds", 30),
+        )
+        return sorted(leases, key=lambda lease: (lease.sort_key, lease.id))
+
+    async def run(self, **options: Any) -> Lease:
+        """A job of its own that is running."""
+        (added,) = await self.enqueue(**options)
+        (lease,) = await self.claim(queue=options.get("queue", "default"))
+        assert lease.id == added.id
+        return lease
+
+    async def row(self, job_id: UUID) -> asyncpg.Record:
+        """The live row."""
+        (row,) = await self.fetch("select * from clarion.jobs where id = $1", job_id)
+        return row
+
+    async def state(self, job_id: UUID) -> str:
+        (row,) = await self.fetch(
+            "select state::text from clarion.jobs where id = $1 "
+            "union all select state::text from clarion.job_history where id = $1",
+            job_id,
+        )
+        return str(row["state"])
+
+    async def attempts(self, job_id: UUID) -> list[asyncpg.Record]:
+        return await self.fetch("select * from clarion.attempts where job_id = $1 order by ended_at", job_id)
+
+    async def everything(self) -> asyncpg.Record:
+        """All rows of all jobs, to see that nothing changed."""
+        (row,) = await self.fetch(EVERYTHING)
+        return row
+
+    async def age(self, job_id: UUID, seconds: float) -> None:
+        """Makes the job older, its place in line and its lease with it."""
+        await self.fetch(
+            """
+            update clarion.jobs set
+              created_at = created_at - d, run_at = run_at - d, sort_key = sort_key - d,
+              started_at = started_at - d, lease_expires_at = lease_expires_at - d
+            from make_interval(secs => $2::float8) as d where id = $1
+            """,
+            job_id,
+            seconds,
+        )
+
+    async def expire(self, job_id: UUID) -> None:
+        """Lets the job's lease run out."""
+        await self.fetch(
+            "update clarion.jobs set lease_expires_at = clock_timestamp() - interval '1 s' where id = $1", job_id
+        )
+
+    async def make_due(self, job_id: UUID) -> None:
+        """Lets a scheduled job's time come, and promotes it."""
+        await self.fetch("update clarion.jobs set run_at = now() - interval '1 s' where id = $1", job_id)
+        await self.store.promote_jobs()
+
+    async def lose(self, lease: Lease) -> Lease:
+        """Lets the lease run out and another worker claim the job; the other's lease."""
+        await self.expire(lease.id)
+        await self.store.reap_jobs()
+        (other,) = await self.claim(worker_id=uuid4(), queue=lease.queue)
+        assert other.id == lease.id
+        return other
+
+    async def attempt(self, verb: str, lease: Lease, *, store: Store | None = None) -> bool | str | None:
+        """What the store answers to one call of this verb; falsy when the lease is lost."""
+        (answer,) = await attempt_all(store or self.store, verb, [lease])
+        return answer
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        """A second client, whose statements are committed when this context ends."""
+        async with Session.open(self.settings) as session:
+            yield session
+
+
+class Session:
+    """One connection in one open transaction; an Executor whose work nobody sees until `commit`."""
+
+    def __init__(self, connection: asyncpg.Connection[asyncpg.Record], settings: Settings) -> None:
+        self.connection = connection
+        self.store = Store(self, settings)
+        self._transaction = connection.transaction()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings) -> AsyncIterator[Session]:
+        connection = await asyncpg.connect(**connect_options(settings, name="test session"))
+        session = cls(connection, settings)
+        await session.begin()
+        try:
+            yield session
+        finally:
+            connection.terminate()
+
+    async def begin(self) -> None:
+        self._transaction = self.connection.transaction()
+        await self._transaction.start()
+
+    async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
+        with translated_errors():
+            return await self.connection.fetch(sql, *args)
+
+    async def commit(self) -> None:
+        await self._transaction.commit()
+
+    async def rollback(self) -> None:
+        await self._transaction.rollback()
+
+    async def until_it_blocks_another(self) -> None:
+        """Returns when another session waits for a lock that this one holds."""
+        pid = self.connection.get_server_pid()
+        blocked = "select 1 from pg_stat_activity where $1 = any(pg_blocking_pids(pid))"
+        while not await self.connection.fetch(blocked, pid):
+            await anyio.lowlevel.checkpoint()
+
+
+async def attempt_all(store: Store, verb: str, leases: list[Lease]) -> list[bool | str | None]:
+    """One call of this verb for several leases: an answer each, in order."""
+    match verb:
+        case "complete":
+            return [*await store.complete_jobs([Completion(item.id, item.token, '{"n": 1}') for item in leases])]
+        case "fail":
+            return [*await store.fail_jobs([failure(item) for item in leases])]
+        case "snooze":
+            return [*await store.snooze_jobs([Snoozing(item.id, item.token, 60) for item in leases])]
+        case "release":
+            answers, _ = await store.release_jobs([Release(item.id, item.token) for item in leases])
+            return [*answers]
+        case _:
+            beats = await store.heartbeat_jobs([Release(item.id, item.token) for item in leases], lease_seconds=30)
+            extended = {beat.id: beat.extended for beat in beats}
+            return [extended.get(item.id) for item in leases]
+
+
+def failure(lease: Lease, **options: Any) -> Failure:
+    """The record of an error in this attempt."""
+    return Failure(id=lease.id, token=lease.token, **{"error_type": "Oops", "error_message": "no luck"} | options)
+
+
+def with_token(lease: Lease, token: UUID) -> Lease:
+    """The same job under another token."""
+    return msgspec.structs.replace(lease, token=token)

@@ -1,0 +1,287 @@
+"""A token that no longer holds its job changes nothing, whatever it says and whatever became of the job meanwhile."""
+
+from collections.abc import Awaitable, Callable
+from uuid import uuid4
+
+import anyio
+import pytest
+
+from clarion.db import Database
+from clarion.job import Completion, DeadReason, Failure, Lease
+from clarion.settings import Settings
+from store_actions import ENDINGS, VERBS, Jobs, attempt_all, failure, with_token
+
+
+@pytest.fixture
+def jobs(database: Database, settings: Settings) -> Jobs:
+    return Jobs(database, settings)
+
+
+async def taken_back(jobs: Jobs, lease: Lease) -> None:
+    await jobs.expire(lease.id)
+    await jobs.store.reap_jobs()
+
+
+async def claimed_by_another(jobs: Jobs, lease: Lease) -> None:
+    await jobs.lose(lease)
+
+
+async def completed_by_another(jobs: Jobs, lease: Lease) -> None:
+    await jobs.attempt("complete", await jobs.lose(lease))
+
+
+async def failed_by_another(jobs: Jobs, lease: Lease) -> None:
+    await jobs.attempt("fail", await jobs.lose(lease))
+
+
+async def killed_by_another(jobs: Jobs, lease: Lease) -> None:
+    other = await jobs.lose(lease)
+    assert await jobs.store.fail_jobs([failure(other, dead_reason=DeadReason.NOT_RETRYABLE)]) == ["dead"]
+
+
+async def dead_of_crashes(jobs: Jobs, lease: Lease) -> None:
+    await jobs.fetch("update clarion.jobs set crashes = 100 where id = $1", lease.id)
+    await taken_back(jobs, lease)
+    assert await jobs.state(lease.id) == "dead"
+
+
+async def pruned(jobs: Jobs, lease: Lease) -> None:
+    await jobs.fetch("delete from clarion.jobs where id = $1", lease.id)
+
+
+FATES = (
+    taken_back,
+    claimed_by_another,
+    completed_by_another,
+    failed_by_another,
+    killed_by_another,
+    dead_of_crashes,
+    pruned,
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_the_current_token_is_accepted(jobs: Jobs, verb: str) -> None:
+    lease = await jobs.run()
+    assert await jobs.attempt(verb, lease)
+
+
+@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_stale_token_is_refused_and_changes_nothing(
+    jobs: Jobs, verb: str, fate: Callable[[Jobs, Lease], Awaitable[None]]
+) -> None:
+    lease = await jobs.run()
+    await fate(jobs, lease)
+    before = await jobs.everything()
+    assert not await jobs.attempt(verb, lease)
+    assert await jobs.everything() == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_token_fits_no_other_job(jobs: Jobs, verb: str) -> None:
+    one, other = await jobs.run(), await jobs.run()
+    before = await jobs.everything()
+    assert not await jobs.attempt(verb, with_token(one, other.token))
+    assert not await jobs.attempt(verb, with_token(one, uuid4()))
+    assert await jobs.everything() == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_lost_lease_in_a_batch_does_not_harm_its_neighbours(jobs: Jobs, verb: str) -> None:
+    held, lost = await jobs.run(), await jobs.run()
+    other = await jobs.lose(lost)
+    answers = await attempt_all(jobs.store, verb, [lost, held, with_token(held, uuid4())])
+    # A heartbeat answers by job, and this one's is held.
+    assert [bool(answer) for answer in answers] == [False, True, verb == "heartbeat"]
+    assert (await jobs.row(lost.id))["lease_token"] == other.token
+
+
+@pytest.mark.parametrize("second", ENDINGS)
+@pytest.mark.parametrize("first", ENDINGS)
+async def test_an_attempt_ends_in_one_way_only(jobs: Jobs, first: str, second: str) -> None:
+    lease = await jobs.run()
+    answer = await jobs.attempt(first, lease)
+    before = await jobs.everything()
+    assert await jobs.attempt(second, lease) == (answer if first == second else {"fail": None}.get(second, False))
+    assert await jobs.everything() == before
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_ended_attempt_has_no_heartbeat(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    await jobs.attempt(ending, lease)
+    assert await jobs.attempt("heartbeat", lease) is None
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_an_expired_lease_holds_until_somebody_takes_the_job(jobs: Jobs, verb: str) -> None:
+    lease = await jobs.run()
+    await jobs.expire(lease.id)
+    assert await jobs.attempt(verb, lease)
+    assert not await jobs.store.reap_jobs()
+
+
+@pytest.mark.parametrize("outcome", ["failed", "timeout"])
+async def test_what_the_reaper_ended_is_not_taken_for_the_workers_own_report(jobs: Jobs, outcome: str) -> None:
+    lease = await jobs.run(timeout_seconds=1)
+    await jobs.age(lease.id, 10)
+    (reaped,) = await Jobs(jobs.database, without_grace(jobs.settings)).store.reap_jobs()
+    assert reaped.timed_out
+    assert await jobs.store.fail_jobs([failure(lease, outcome=outcome)]) == [None]
+
+
+def without_grace(settings: Settings) -> Settings:
+    import msgspec
+
+    return msgspec.structs.replace(settings, lease_seconds=0)
+
+
+# -- The same call again
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_repeated_call_gets_the_answer_of_the_first(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    answer = await jobs.attempt(ending, lease)
+    before = await jobs.everything()
+    assert await jobs.attempt(ending, lease) == answer
+    assert await jobs.everything() == before
+
+
+@pytest.mark.parametrize("then", ["claimed", *ENDINGS])
+@pytest.mark.parametrize("ending", ["fail", "snooze", "release"])
+async def test_a_repeated_call_gets_its_answer_when_the_job_has_moved_on(jobs: Jobs, ending: str, then: str) -> None:
+    lease = await jobs.run()
+    answer = await jobs.attempt(ending, lease)
+    await jobs.make_due(lease.id)
+    (other,) = await jobs.claim()
+    await jobs.attempt("heartbeat" if then == "claimed" else then, other)
+    before = await jobs.everything()
+    assert await jobs.attempt(ending, lease) == answer
+    assert await jobs.everything() == before
+
+
+async def test_a_failure_that_killed_the_job_is_still_answered_with_dead(jobs: Jobs) -> None:
+    lease = await jobs.run(max_attempts=1)
+    assert await jobs.attempt("fail", lease) == "dead"
+    assert await jobs.attempt("fail", lease) == "dead"
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_call_that_stands_twice_in_a_batch_counts_once(jobs: Jobs, ending: str) -> None:
+    leases = [await jobs.run(), await jobs.run()]
+    answers = await attempt_all(jobs.store, ending, [*leases, *leases, leases[0]])
+    assert len(set(answers)) == 1
+    assert all(answers)
+    (counts,) = await jobs.fetch("""
+        select (select count(*) from clarion.job_history) + (select count(*) from clarion.attempts) as endings
+    """)
+    assert counts["endings"] == 2
+
+
+async def test_of_two_results_in_a_batch_the_first_is_kept(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    completions = [Completion(lease.id, lease.token, str(n)) for n in range(5)]
+    assert await jobs.store.complete_jobs(completions) == [True] * 5
+    assert [row["result"] for row in await jobs.fetch("select result from clarion.job_history")] == ["0"]
+
+
+async def test_of_two_failures_in_a_batch_the_first_is_kept(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    failures = [failure(lease, error_message=str(n), retry_in_seconds=100.0 + n) for n in range(5)]
+    assert await jobs.store.fail_jobs(failures) == ["scheduled"] * 5
+    assert [row["error_message"] for row in await jobs.attempts(lease.id)] == ["0"]
+    assert (await jobs.row(lease.id))["errors"] == 1
+
+
+async def test_a_release_that_stands_twice_in_a_batch_rings_once(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    _, ready = await jobs.store.release_jobs([lease, lease])  # type: ignore[list-item]  # has an id and a token
+    assert ready == {"default": 1}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_call_repeated_while_the_first_is_being_committed_gets_its_answer(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    answers: list[bool | str | None] = []
+
+    async def repeat() -> None:
+        answers.append(await jobs.attempt(ending, lease))
+
+    async with jobs.session() as first, anyio.create_task_group() as group:
+        answer = await jobs.attempt(ending, lease, store=first.store)
+        group.start_soon(repeat)
+        await first.until_it_blocks_another()
+        await first.commit()
+    assert answers == [answer]
+    assert len(await jobs.attempts(lease.id)) == (ending != "complete")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_call_repeated_while_the_first_is_undone_counts_itself(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    answers: list[bool | str | None] = []
+
+    async def repeat() -> None:
+        answers.append(await jobs.attempt(ending, lease))
+
+    async with jobs.session() as first, anyio.create_task_group() as group:
+        answer = await jobs.attempt(ending, lease, store=first.store)
+        group.start_soon(repeat)
+        await first.until_it_blocks_another()
+        await first.rollback()
+    assert answers == [answer]
+    assert await jobs.attempt(ending, lease) == answer
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_ending_waits_for_a_heartbeat_in_flight_and_then_counts(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    answers: list[bool | str | None] = []
+
+    async def end() -> None:
+        answers.append(await jobs.attempt(ending, lease))
+
+    async with jobs.session() as beating, anyio.create_task_group() as group:
+        assert await jobs.attempt("heartbeat", lease, store=beating.store)
+        group.start_soon(end)
+        await beating.until_it_blocks_another()
+        await beating.commit()
+    assert all(answers)
+    assert await jobs.attempt("heartbeat", lease) is None
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_ending_that_loses_the_race_with_the_reaper_is_refused(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    await jobs.expire(lease.id)
+    answers: list[bool | str | None] = []
+
+    async def end() -> None:
+        answers.append(await jobs.attempt(ending, lease))
+
+    async with jobs.session() as reaping, anyio.create_task_group() as group:
+        assert len(await reaping.store.reap_jobs()) == 1
+        group.start_soon(end)
+        await reaping.until_it_blocks_another()
+        await reaping.commit()
+    assert not any(answers)
+    assert await jobs.state(lease.id) == "ready"
+
+
+async def test_an_unstorable_item_undoes_its_whole_batch(jobs: Jobs) -> None:
+    from clarion.errors import Unstorable
+
+    good, bad = await jobs.run(), await jobs.run()
+    before = await jobs.everything()
+    with pytest.raises(Unstorable):
+        await jobs.store.complete_jobs([Completion(good.id, good.token), Completion(bad.id, bad.token, "not JSON")])
+    with pytest.raises(Unstorable):
+        await jobs.store.fail_jobs([failure(good), failure(bad, error_message="\x00")])
+    assert await jobs.everything() == before
+
+
+def test_the_records_of_a_lease_share_its_fields() -> None:
+    """`Release` is built from a lease in several places; it needs an id and a token only."""
+    assert {"id", "token"} <= set(Lease.__struct_fields__) & set(Failure.__struct_fields__)
