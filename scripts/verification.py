@@ -79,7 +79,8 @@ class Report:
         table = Table("", "promise", "evidence", title=self._title)
         for ok, promise, evidence in self._rows:
             table.add_row("[green]✓[/]" if ok else "[red]✗[/]", promise, evidence)
-        Console().print(table)
+        screen = Console()
+        Console(width=None if screen.is_terminal else 130).print(table)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import environment  # isort: skip  # noqa: F401  first: makes the imports below 
 import argparse
 import hashlib
 import signal
+import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -39,6 +40,7 @@ from verification import (
 LEASE_SECONDS = 5.0
 BATCH_JOBS = 1000
 CLIENTS = 16
+TICK_SECONDS = 0.02
 
 
 class Takeover(msgspec.Struct, frozen=True):
@@ -47,6 +49,7 @@ class Takeover(msgspec.Struct, frozen=True):
     worker_id: UUID
     held: list[UUID]
     killed_at: float  # seconds of the database's clock
+    finished_before: int  # jobs that were done when it was killed
 
 
 async def verify(options: argparse.Namespace) -> Report:
@@ -102,13 +105,15 @@ async def hash_with_a_kill(
         await stack.enter_async_context(worker(target, *flags))
         with progress_bar("hashed", len(jobs)) as bar:
             await wait_for_finished(connection, list(jobs), bar.update, at_least=len(jobs) // 2)
-            takeover = await kill_while_it_holds_jobs(connection, victim)
+            takeover = await kill_while_it_holds_jobs(connection, victim, queue)
             await stack.enter_async_context(worker(target, *flags))
             await wait_for_finished(connection, list(jobs), bar.update, at_least=len(jobs))
     return takeover
 
 
-async def kill_while_it_holds_jobs(connection: "asyncpg.Connection[asyncpg.Record]", victim: WorkerProcess) -> Takeover:
+async def kill_while_it_holds_jobs(
+    connection: "asyncpg.Connection[asyncpg.Record]", victim: WorkerProcess, queue: str
+) -> Takeover:
     """Freezes the worker at a moment in which it holds jobs, then kills it: it cannot finish them in between."""
     held: list[UUID] = []
     while not held:
@@ -121,9 +126,12 @@ async def kill_while_it_holds_jobs(connection: "asyncpg.Connection[asyncpg.Recor
         held = [row["id"] for row in rows]
         if not held:
             victim.signal(signal.SIGCONT)
-            await anyio.sleep(0.01)
+            if not await connection.fetchval("select exists (select from clarion.jobs where queue = $1)", queue):
+                sys.exit("all jobs were done before a worker could be caught holding one: take a larger --tree")
+            await anyio.sleep(0.005)
     victim.signal(signal.SIGKILL)
-    return Takeover(victim.id, held, rows[0]["now"])
+    finished = await connection.fetchval("select count(*) from clarion.job_history where queue = $1", queue)
+    return Takeover(victim.id, held, rows[0]["now"], finished)
 
 
 async def _settle(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -145,11 +153,11 @@ async def wait_for_finished(
     """Returns when so many of the jobs are in the history, or nothing has moved for a minute."""
     done, still = -1, 0.0
     while done < at_least and still < 60:
-        await anyio.sleep(0.1)
+        await anyio.sleep(TICK_SECONDS)
         now_done = await connection.fetchval(
             "select count(distinct id) from clarion.job_history where id = any($1)", list(jobs)
         )
-        still = 0.0 if now_done != done else still + 0.1
+        still = 0.0 if now_done != done else still + TICK_SECONDS
         done = now_done
         tell(done)
 
@@ -226,7 +234,7 @@ async def check_takeover(
     report.check(
         "the killed worker's jobs ran again elsewhere",
         ok=again == len(takeover.held),
-        evidence=f"it held {len(takeover.held)}, {again} ran again",
+        evidence=f"killed after {takeover.finished_before} jobs, holding {len(takeover.held)}; {again} ran again",
     )
     latest = await connection.fetchval(
         "select max(extract(epoch from started_at))::float8 from clarion.job_history where id = any($1)", takeover.held

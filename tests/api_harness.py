@@ -13,11 +13,16 @@ from anyio.abc import SocketStream
 from starlette.applications import Starlette
 
 from clarion.api.app import create_app
+from clarion.api.operation import Operation, routes
 from clarion.api.services import Adder, Services
 from clarion.job import Completion, Enqueued, Lease, NewJob, Policy
 from clarion.settings import Settings
+from clarion.statements import migrations
 from clarion.store import Store
 from clarion.waits import Waits
+
+# Start-up reads them, in every process, before the first request is answered.
+migrations()
 
 
 class PlainEnqueuer:
@@ -50,6 +55,13 @@ def client_of(services: Services, **options: Any) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(
         transport=httpx2.ASGITransport(create_app(services)), base_url="http://clarion", **options
     )
+
+
+def app_with(services: Services, *more: Operation[Any, Any]) -> Starlette:
+    """The application with more operations."""
+    app = create_app(services)
+    app.router.routes.extend(routes(more))
+    return app
 
 
 async def ask(app: Starlette, method: str, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
@@ -85,9 +97,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def listening(services: Services) -> AsyncIterator[int]:
-    """The application behind a real server; its port on 127.0.0.1."""
-    server = _Server(create_app(services))
+async def listening(services: Services, *more: Operation[Any, Any]) -> AsyncIterator[int]:
+    """The application, with more operations, behind a real server; its port on 127.0.0.1."""
+    server = _Server(app_with(services, *more))
     async with anyio.create_task_group() as group:
         group.start_soon(server.serve)
         await server.is_up.wait()

@@ -11,7 +11,7 @@ import anyio
 import asyncpg
 import msgspec
 
-from clarion.db import Database, connect_options, translated_errors
+from clarion.db import Database, Executor, connect_options, translated_errors
 from clarion.job import Completion, Enqueued, Failure, Lease, NewJob, Policy, Release, Snoozing
 from clarion.settings import Settings
 from clarion.store import Store
@@ -36,7 +36,13 @@ class Jobs:
         self.database = database
         self.settings = settings
         self.store = Store(database, settings)
+        # Reaps at once what was claimed, as far as the database can tell, before the server of the tests was started.
+        self.reaper = Store(database, msgspec.structs.replace(settings, lease_seconds=0))
         self.worker_id = uuid4()
+
+    def limited_to(self, rows: int, database: Executor | None = None) -> Store:
+        """A store whose maintenance takes so many rows at once."""
+        return Store(database or self.database, msgspec.structs.replace(self.settings, step_max_jobs=rows))
 
     async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
         return await self.database.fetch(sql, *args)

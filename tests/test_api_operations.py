@@ -11,11 +11,11 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from api_harness import ask, client_of, services_over
+from api_harness import app_with, ask, client_of, services_over
 from clarion.api.access import Guard, Permission
 from clarion.api.app import OPERATIONS, create_app
 from clarion.api.decoding import Form, Nothing
-from clarion.api.operation import Call, Operation, Reply, routes
+from clarion.api.operation import Call, Operation, Reply
 from clarion.api.problems import PROBLEM_JSON
 from clarion.api.services import Services
 from clarion.errors import (
@@ -266,9 +266,8 @@ def failing_client(services: Services, error: BaseException) -> httpx2.AsyncClie
         query=Nothing,
         responds=Form,
     )
-    app = create_app(services)
-    app.router.routes.extend(routes([operation]))
-    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://clarion")
+    transport = httpx2.ASGITransport(app_with(services, operation))
+    return httpx2.AsyncClient(transport=transport, base_url="http://clarion")
 
 
 @pytest.mark.parametrize("error", [Unavailable("away"), Overloaded("full")])

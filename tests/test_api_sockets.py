@@ -10,9 +10,12 @@ import msgspec
 import pytest
 import structlog
 from anyio.abc import SocketStream
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api_harness import listening, read_answer, services_over
 from clarion.api import problems, requests
+from clarion.api.decoding import Form, Nothing
+from clarion.api.operation import Call, Operation
 from clarion.api.services import Services
 from clarion.job import JobFilter
 from clarion.settings import Settings
@@ -215,3 +218,29 @@ async def test_a_connection_is_kept_for_the_next_request_after_a_problem(service
         head = HEAD.format(path="/v1/jobs", header="content-length: 15", media_type="application/json")
         await stream.send(head.encode() + b'{"task":"work"}')
         assert (await read_answer(stream))[0] == 201
+
+
+async def test_an_answer_that_breaks_off_in_the_middle_does_not_look_whole(services: Services) -> None:
+    async def break_off(call: Call[Nothing, Nothing]) -> ASGIApp:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"10")]})
+            await send({"type": "http.response.body", "body": b"half", "more_body": True})
+            raise ZeroDivisionError
+
+        return app
+
+    operation = Operation(
+        method="POST",
+        path="/break",
+        summary="",
+        handler=break_off,
+        permission=None,
+        body=Nothing,
+        query=Nothing,
+        responds=Form,
+    )
+    with structlog.testing.capture_logs() as lines:
+        async with listening(services, operation) as port, post(port, "content-length: 0", path="/break") as stream:
+            with pytest.raises(anyio.EndOfStream):
+                await read_answer(stream)
+    assert [(line["log_level"], line["status"]) for line in lines] == [("error", 200)]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clarion.api.payload import DEPTH_MAX, Fault, find_fault, kind_of_json, payload_fault, pointer_to
+from clarion.api.payload import DEPTH_MAX, SEARCH_MAX_CHARS, Fault, FaultFinder, find_fault, kind_of_json, pointer_to
 
-ANY_DEPTH = 10_000
+ANY = 10_000_000
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 documents = st.recursive(
@@ -24,7 +24,7 @@ def nested(depth: int) -> bytes:
 
 
 def fault_in(text: str) -> Fault:
-    fault = find_fault(text, depth_max=DEPTH_MAX)
+    fault = find_fault(text, depth_max=DEPTH_MAX, chars_max=ANY)
     assert fault
     return fault
 
@@ -46,7 +46,7 @@ def fault_in(text: str) -> Fault:
     ],
 )
 def test_an_object_is_a_payload(raw: bytes) -> None:
-    assert payload_fault(raw) is None
+    assert FaultFinder().in_payload(raw) is None
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_an_object_is_a_payload(raw: bytes) -> None:
 )
 def test_nothing_but_an_object_is_a_payload(raw: bytes, kind: str) -> None:
     assert kind_of_json(raw) == kind
-    assert payload_fault(raw) == Fault("", f"must be a JSON object, not {kind}", malformed=False)
+    assert FaultFinder().in_payload(raw) == Fault("", f"must be a JSON object, not {kind}", malformed=False)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_nothing_but_an_object_is_a_payload(raw: bytes, kind: str) -> None:
     ],
 )
 def test_a_nul_is_found_where_it_is(raw: bytes, pointer: str) -> None:
-    fault = payload_fault(raw)
+    fault = FaultFinder().in_payload(raw)
     assert fault
     assert (fault.pointer, fault.malformed) == (pointer, False)
     assert "\\u0000" in fault.detail
@@ -85,7 +85,9 @@ def test_a_nul_is_found_where_it_is(raw: bytes, pointer: str) -> None:
 
 @pytest.mark.parametrize("depth", [DEPTH_MAX + 1, DEPTH_MAX + 2, 900])
 def test_what_nests_too_deep_is_refused_at_the_first_level_too_many(depth: int) -> None:
-    assert payload_fault(nested(depth)) == Fault("/a" + "/0" * (DEPTH_MAX - 1), "nests deeper than 64 levels", False)
+    assert FaultFinder().in_payload(nested(depth)) == Fault(
+        "/a" + "/0" * (DEPTH_MAX - 1), "nests deeper than 64 levels", False
+    )
 
 
 def test_depth_that_no_recursive_reader_survives_is_refused() -> None:
@@ -141,7 +143,7 @@ def test_broken_syntax_is_found_where_it_is(text: str, pointer: str, detail: str
 @given(documents)
 def test_whatever_is_json_has_no_fault(document: Any) -> None:
     for text in (json.dumps(document), json.dumps(document, ensure_ascii=False, indent=1)):
-        fault = find_fault(text, depth_max=ANY_DEPTH)
+        fault = find_fault(text, depth_max=ANY, chars_max=ANY)
         assert fault is None or ("\\u0000" in fault.detail and "\\u0000" in text)
 
 
@@ -156,7 +158,7 @@ def test_the_slow_reader_and_the_fast_one_agree(document: Any, place: int, chara
         is_json = True
     except msgspec.DecodeError:
         is_json = False
-    assert is_json == (find_fault(broken, depth_max=ANY_DEPTH) is None)
+    assert is_json == (find_fault(broken, depth_max=ANY, chars_max=ANY) is None)
 
 
 @given(st.text())
@@ -167,3 +169,24 @@ def test_a_pointer_can_be_read_back(key: str) -> None:
 
 def test_a_pointer_does_not_grow_with_a_key() -> None:
     assert pointer_to("", "k" * 1_000_000) == "/" + "k" * 200 + "…"
+
+
+def test_beyond_a_bound_a_fault_is_told_without_its_place() -> None:
+    faulty = b'{"a":[' + b"1," * (SEARCH_MAX_CHARS // 2) + b'"\\u0000"]}'
+    assert FaultFinder().in_payload(faulty) == Fault("", "holds \\u0000, which Postgres cannot store as text", False)
+
+
+def test_the_bound_is_for_all_payloads_of_a_request_together() -> None:
+    faulty = b'{"a":[' + b"1," * (SEARCH_MAX_CHARS // 4) + b'"\\u0000"]}'
+    finder = FaultFinder()
+    faults = [finder.in_payload(faulty) for _ in range(3)]
+    assert [fault.pointer for fault in faults if fault] == ["/a/262144", "", ""]
+
+
+def test_a_payload_without_fault_is_not_searched() -> None:
+    finder = FaultFinder()
+    for _ in range(100):
+        assert finder.in_payload(b'{"a":"' + b"\\\\u0000" * 20_000 + b'"}') is None
+    fault = finder.in_payload(b'{"a":["\\u0000"]}')
+    assert fault
+    assert fault.pointer == "/a/0"

@@ -7,7 +7,7 @@ place (`payload.find_fault`).
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any, TypeVar, get_args, get_origin
@@ -16,15 +16,15 @@ from urllib.parse import parse_qsl
 import anyio.to_thread
 import msgspec
 
-from clarion.api.payload import DEPTH_MAX, find_fault, kind_of_json, pointer_to
+from clarion.api.payload import FaultFinder, kind_of_json, pointer_to
 from clarion.errors import ClarionError, FieldError, Invalid, Malformed
 
 # A body may hold more errors than anybody will read; the answer must not outgrow it.
 ERRORS_MAX = 1_000
 # Bodies up to this size are decoded on the event loop: a hop to a thread costs more than they do.
 INLINE_MAX_BYTES = 65_536
-# What may stand around a payload: an object, its array of jobs, a job.
-_ENVELOPE_DEPTH = 3
+# What stands around a payload at most: a batch, its array of jobs, a job.
+_PAYLOAD_DEPTH = 3
 _QUERY_FIELDS_MAX = 50
 _UNHELPFUL = re.compile("matching regex|Invalid enum|RFC3339|timezone")
 
@@ -32,7 +32,7 @@ _UNHELPFUL = re.compile("matching regex|Invalid enum|RFC3339|timezone")
 class Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request may say: the types of its fields, and the rules that types cannot express."""
 
-    def broken_rules(self) -> Iterator[FieldError]:
+    def broken_rules(self, finder: FaultFinder) -> Iterator[FieldError]:
         """Every rule that values of the right types still break, with pointers from this struct on."""
         yield from ()
 
@@ -62,7 +62,7 @@ def decode(body: bytes, kind: type[FormT]) -> FormT:
         value: FormT = _decoder(kind).decode(body)
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
         raise _diagnose(body, kind, error) from None
-    errors = list(islice(value.broken_rules(), ERRORS_MAX))
+    errors = list(islice(value.broken_rules(FaultFinder()), ERRORS_MAX))
     if errors:
         raise invalid(errors)
     return value
@@ -79,7 +79,7 @@ def decode_query(query_string: bytes, kind: type[FormT]) -> FormT:
     values: dict[str, Any] = {}
     errors = list(_query_errors(pairs, kind, values))
     value = kind(**values)
-    errors += value.broken_rules()
+    errors += value.broken_rules(FaultFinder())
     if errors:
         raise invalid(errors)
     return value
@@ -93,27 +93,36 @@ def invalid(errors: Sequence[FieldError]) -> Invalid:
 
 
 @cache
+def _fields(kind: type[Form]) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
+@cache
 def _decoder(kind: type[Form]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 
 def _diagnose(body: bytes, kind: type[Form], error: Exception) -> ClarionError:
-    if isinstance(error, UnicodeDecodeError):
-        found = find_fault(body[: error.start].decode(), depth_max=DEPTH_MAX + _ENVELOPE_DEPTH)
-        detail = f"is not UTF-8 at byte {error.start}"
-        return Malformed(detail, errors=[FieldError(detail, pointer=found.pointer if found else "")])
+    finder = FaultFinder()
     if not body.strip():
-        return Malformed("the body is empty", errors=[FieldError("must be a JSON object", pointer="")])
+        return _malformed("is empty", "")
+    if isinstance(error, UnicodeDecodeError):
+        before = finder.in_document(body[: error.start].decode(), payload_depth=_PAYLOAD_DEPTH)
+        return _malformed(f"is not UTF-8 at byte {error.start}", before.pointer if before else "")
     try:
         # Of a key that is there twice the first may be wrong and the last, which the second pass sees, not.
-        return invalid(list(islice(_field_errors(body, kind), ERRORS_MAX)) or [_first_error(error)])
-    except (msgspec.DecodeError, RecursionError):
-        pass
-    fault = find_fault(body.decode(), depth_max=DEPTH_MAX + _ENVELOPE_DEPTH)
-    if fault is None:
-        return Malformed(str(error))
-    errors = [FieldError(fault.detail, pointer=fault.pointer)]
-    return Malformed(f"the body {fault.detail}", errors=errors) if fault.malformed else invalid(errors)
+        return invalid(list(islice(_field_errors(body, kind, finder), ERRORS_MAX)) or [_first_error(error)])
+    except (msgspec.DecodeError, RecursionError) as syntax_error:
+        fault = finder.in_document(body.decode(), payload_depth=_PAYLOAD_DEPTH)
+        if fault is None:
+            return _malformed(f"is not JSON that can be read: {syntax_error}", "")
+        if fault.malformed:
+            return _malformed(fault.detail, fault.pointer)
+        return invalid([FieldError(fault.detail, pointer=fault.pointer)])
+
+
+def _malformed(detail: str, pointer: str) -> Malformed:
+    return Malformed(f"the body {detail}", errors=[FieldError(detail, pointer=pointer)])
 
 
 def _first_error(error: Exception) -> FieldError:
@@ -121,18 +130,19 @@ def _first_error(error: Exception) -> FieldError:
     return FieldError(detail or path, pointer=re.sub(r"[.\[]", "/", path.strip("`")).replace("]", "") if detail else "")
 
 
-def _field_errors(raw: bytes, kind: type[Form], at: str = "") -> Iterator[FieldError]:
+def _field_errors(raw: bytes, kind: type[Form], finder: FaultFinder, at: str = "") -> Iterator[FieldError]:
     """Every error of an object that is to become a `kind`. Raises DecodeError when it is not even JSON."""
     if not raw.lstrip().startswith(b"{"):
         msgspec.json.decode(raw, type=msgspec.Raw)
         yield FieldError(f"must be a JSON object, not {kind_of_json(raw)}", pointer=at)
         return
     members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    fields = _fields(kind)
     good: dict[str, Any] = {}
     for name, field in fields.items():
         if name in members:
-            yield from _member_errors(bytes(members[name]), field, pointer_to(at, name), good)
+            member = yield from _member(bytes(members[name]), field, finder, pointer_to(at, name))
+            good |= {} if member is None else {field.name: member}
         elif field.required:
             yield FieldError("is required", pointer=pointer_to(at, name))
     for name in members:
@@ -140,24 +150,27 @@ def _field_errors(raw: bytes, kind: type[Form], at: str = "") -> Iterator[FieldE
             yield FieldError(_unknown(name, fields), pointer=pointer_to(at, name))
     # Required fields that are missing or bad stand empty, so that the rules of the others can still be checked.
     empty = {field.name: () for field in fields.values() if field.required}
-    for error in kind(**(empty | good)).broken_rules():
+    for error in kind(**(empty | good)).broken_rules(finder):
         yield below(at, error)
 
 
-def _member_errors(raw: bytes, field: msgspec.structs.FieldInfo, at: str, good: dict[str, Any]) -> Iterator[FieldError]:
+def _member(
+    raw: bytes, field: msgspec.structs.FieldInfo, finder: FaultFinder, at: str
+) -> Generator[FieldError, None, Any]:
+    """Yields a member's errors and returns its value, None if there is none (or it is null: nothing to check)."""
     item = next(iter(get_args(field.type)), None) if get_origin(field.type) is list else None
     try:
-        if item is not None and issubclass(item, Form):
-            for index, part in enumerate(msgspec.json.decode(raw, type=list[msgspec.Raw])):
-                yield from _field_errors(bytes(part), item, pointer_to(at, index))
-        else:
-            good[field.name] = msgspec.json.decode(raw, type=field.type)
+        if item is None or not issubclass(item, Form):
+            return msgspec.json.decode(raw, type=field.type)
+        for index, part in enumerate(msgspec.json.decode(raw, type=list[msgspec.Raw])):
+            yield from _field_errors(bytes(part), item, finder, pointer_to(at, index))
     except msgspec.ValidationError as error:
         yield FieldError(_in_words(error, field.type), pointer=at)
+    return None
 
 
 def _query_errors(pairs: Sequence[tuple[str, str]], kind: type[Form], values: dict[str, Any]) -> Iterator[FieldError]:
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    fields = _fields(kind)
     for name, text in pairs:
         if name not in fields:
             yield FieldError(_unknown(name, fields), parameter=name)

@@ -1,8 +1,7 @@
 """Health, for machines that poll: is the process alive, and can it do its work?"""
 
-from typing import Any
-
 import msgspec
+from starlette.types import ASGIApp
 
 from clarion.api.decoding import Form, Nothing
 from clarion.api.operation import Call, Operation, Reply
@@ -30,7 +29,7 @@ async def live(call: Call[Nothing, Nothing]) -> Reply:
     return Reply(Health("ok"))
 
 
-async def ready(call: Call[Nothing, ReadyQuery]) -> Reply | Any:
+async def ready(call: Call[Nothing, ReadyQuery]) -> Reply | ASGIApp:
     """Whether requests should be sent here: not while draining, nor over a database that cannot serve them."""
     checks = {"process": _process_check(call.services), "database": await _database_check(call.services)}
     shown = {"checks": checks} if call.query.verbose is not None else {}

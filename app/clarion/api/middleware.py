@@ -98,7 +98,7 @@ class Exchange:
         facts = {
             "method": self.scope["method"],
             "route": getattr(self.scope.get("route"), "path", None),
-            "status": self.status,
+            "status": self.status or None,
             "duration_ms": round((time.perf_counter() - self._started) * 1000, 2),
             "request_bytes": self._request_bytes,
             "response_bytes": self._response_bytes,

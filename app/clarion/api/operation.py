@@ -34,7 +34,7 @@ from clarion.errors import (
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
-)  # fmt: skip
+)
 from clarion.settings import Settings
 
 BodyT = TypeVar("BodyT", bound=Form)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from clarion.api.requests import read_chunks
+from clarion.api.requests import read_chunk
 from clarion.errors import (
     ClarionError,
     FieldError,
@@ -21,11 +21,12 @@ from clarion.errors import (
     TooLarge,
     Unauthenticated,
     Unavailable,
-)  # fmt: skip
+)
 
 PROBLEM_JSON = "application/problem+json"
-_INSTANCE_MAX_CHARS = 500
+# How long a client that is refused in the middle of its body may go on sending.
 LINGER_SECONDS = 2.0
+_INSTANCE_MAX_CHARS = 500
 
 
 class ProblemOut(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +89,7 @@ def problem_response(
     """The error as an answer; `members` are added to the document. Leaves its slug for the log line of the request."""
     request.state.problem = error.problem.slug
     document = msgspec.structs.asdict(problem_out(request, error)) | members
-    kind = LingeringResponse if isinstance(error, TooLarge | RequestTimeout) else Response
+    kind = LingeringResponse if isinstance(error, TooLarge) else Response
     return kind(
         msgspec.json.encode(document),
         status_code=error.problem.status,
@@ -110,7 +111,7 @@ class LingeringResponse(Response):
         await send(start)
         await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
         with anyio.move_on_after(LINGER_SECONDS), contextlib.suppress(ClientDisconnect, RequestTimeout):
-            async for _ in read_chunks(receive):
+            while (await read_chunk(receive))[1]:
                 pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -1,7 +1,6 @@
 """Reading request bodies within bounds: nothing is held that is over its limit, and no one may stall for ever."""
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 import anyio
 from starlette.datastructures import Headers
@@ -40,42 +39,38 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
     declared = headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > max_bytes:
         raise too_large
-    parts, size = [], 0
-    async with aclosing(read_chunks(receive)) as chunks:
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > max_bytes:
-                raise too_large
-            parts.append(chunk)
-    return b"".join(parts)
-
-
-async def read_chunks(receive: Receive) -> AsyncGenerator[bytes, None]:
-    """The body as it arrives; raises ClientDisconnect, or RequestTimeout when it stops arriving."""
-    more = True
+    body, more = bytearray(), True
     while more:
-        with anyio.move_on_after(BODY_IDLE_SECONDS) as scope:
-            message = await receive()
-        if scope.cancelled_caught:
-            raise RequestTimeout(f"nothing of the body arrived for {BODY_IDLE_SECONDS:g} s")
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        more = message.get("more_body", False)
-        yield message.get("body", b"")
+        chunk, more = await read_chunk(receive)
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+async def read_chunk(receive: Receive) -> tuple[bytes, bool]:
+    """The next part of the body and whether there is more; raises ClientDisconnect, or RequestTimeout if none comes."""
+    with anyio.move_on_after(BODY_IDLE_SECONDS) as scope:
+        message = await receive()
+    if scope.cancelled_caught:
+        raise RequestTimeout(f"nothing of the body arrived for {BODY_IDLE_SECONDS:g} s")
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
 
 
 async def read_lines(receive: Receive, max_bytes: int) -> AsyncGenerator[bytes | None, None]:
     """The body line by line, without the line ends; None for a line over the limit, which is not held."""
-    held, overlong = bytearray(), False
-    async with aclosing(read_chunks(receive)) as chunks:
-        async for chunk in chunks:
-            *ends, rest = chunk.split(b"\n")
-            for end in ends:
-                overlong = overlong or len(held) + len(end) > max_bytes
-                yield None if overlong else bytes(held + end)
-                held, overlong = bytearray(), False
-            overlong = overlong or len(held) + len(rest) > max_bytes
-            held = bytearray() if overlong else held + rest
+    held, overlong, more = bytearray(), False, True
+    while more:
+        chunk, more = await read_chunk(receive)
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            overlong = overlong or len(held) + len(end) > max_bytes
+            yield None if overlong else bytes(held + end)
+            held, overlong = bytearray(), False
+        overlong = overlong or len(held) + len(rest) > max_bytes
+        held += b"" if overlong else rest
     if held or overlong:
         yield None if overlong else bytes(held)
 

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from clarion.api.cursor import decode_cursor
 from clarion.api.decoding import Form, below
-from clarion.api.payload import payload_fault
+from clarion.api.payload import FaultFinder
 from clarion.durations import format_duration, parse_duration
 from clarion.errors import FieldError
 from clarion.job import JobFilter, JobState, NewJob
@@ -57,9 +57,9 @@ class JobIn(Form, frozen=True, kw_only=True):
     backoff: Duration | None = None
     backoff_cap: Duration | None = None
 
-    def broken_rules(self) -> Iterator[FieldError]:
+    def broken_rules(self, finder: FaultFinder) -> Iterator[FieldError]:
         """A payload that is a storable object, durations within bounds, one start within ten years."""
-        fault = payload_fault(bytes(self.args)) if self.args is not UNSET else None
+        fault = finder.in_payload(bytes(self.args)) if self.args is not UNSET else None
         if fault:
             yield FieldError(fault.detail, pointer=f"/args{fault.pointer}")
         for name in _DURATION_BOUNDS:
@@ -103,10 +103,10 @@ class BatchIn(Form, frozen=True, kw_only=True):
 
     jobs: list[JobIn]
 
-    def broken_rules(self) -> Iterator[FieldError]:
+    def broken_rules(self, finder: FaultFinder) -> Iterator[FieldError]:
         """Those of every job."""
         for index, job in enumerate(self.jobs):
-            for error in job.broken_rules():
+            for error in job.broken_rules(finder):
                 yield below(f"/jobs/{index}", error)
 
 
@@ -127,7 +127,7 @@ class JobListQuery(Form, frozen=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=LIST_MAX, description=f"must be a whole number from 1 to {LIST_MAX}")] = 50
     cursor: str | None = None
 
-    def broken_rules(self) -> Iterator[FieldError]:
+    def broken_rules(self, finder: FaultFinder) -> Iterator[FieldError]:
         """Dates that Postgres can hold, and a cursor of ours."""
         for name in ("created_after", "created_before"):
             moment = getattr(self, name)
