@@ -34,8 +34,21 @@ def _read_statements() -> Mapping[str, str]:
     return MappingProxyType({path.stem: path.read_text(encoding="utf-8") for path in paths})
 
 
+def _read_migrations() -> tuple[Migration, ...]:
+    found = []
+    for path in sorted((sql_directory() / "migrations").glob("*.sql")):
+        match = _MIGRATION.fullmatch(path.name)
+        if match is None:
+            raise ValueError(f"{path} is not named like 0001_what_it_does.sql")
+        sql = path.read_text(encoding="utf-8")
+        found.append(Migration(int(match[1]), match[2], sql, hashlib.sha256(sql.encode()).hexdigest()))
+    return tuple(found)
+
+
 # Read when this module is imported, since reading files later would block an event loop.
 _STATEMENTS = _read_statements()
+_MIGRATIONS = _read_migrations()
+_BOOTSTRAP = (sql_directory() / "bootstrap.sql").read_text(encoding="utf-8")
 
 
 def statement(name: str) -> str:
@@ -45,20 +58,12 @@ def statement(name: str) -> str:
 
 def bootstrap() -> str:
     """What must stand before the first migration."""
-    return (sql_directory() / "bootstrap.sql").read_text(encoding="utf-8")
+    return _BOOTSTRAP
 
 
-@cache
 def migrations() -> tuple[Migration, ...]:
     """Every migration, by version."""
-    found = []
-    for path in sorted((sql_directory() / "migrations").glob("*.sql")):
-        match = _MIGRATION.fullmatch(path.name)
-        if match is None:
-            raise ValueError(f"{path} is not named like 0001_what_it_does.sql")
-        sql = path.read_text(encoding="utf-8")
-        found.append(Migration(int(match[1]), match[2], sql, hashlib.sha256(sql.encode()).hexdigest()))
-    return tuple(found)
+    return _MIGRATIONS
 
 
 def schema_version() -> int:
