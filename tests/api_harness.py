@@ -17,12 +17,8 @@ from clarion.api.operation import Operation, routes
 from clarion.api.services import Adder, Services
 from clarion.job import Completion, Enqueued, Lease, NewJob, Policy
 from clarion.settings import Settings
-from clarion.statements import migrations
 from clarion.store import Store
 from clarion.waits import Waits
-
-# Start-up reads them, in every process, before the first request is answered.
-migrations()
 
 
 class PlainEnqueuer:

@@ -12,9 +12,12 @@ from uuid import UUID, uuid4
 
 import anyio
 import asyncpg
+import httpx2
 import pytest
 from blockbuster import blockbuster_ctx
 
+from api_harness import client_of, services_over
+from clarion.api.services import Services
 from clarion.db import Database, open_database
 from clarion.embedded import running_postgres
 from clarion.migrate import migrate
@@ -120,3 +123,16 @@ def store(database: Database, settings: Settings) -> Store:
 def worker_id() -> UUID:
     """A worker that exists nowhere else."""
     return uuid4()
+
+
+@pytest.fixture
+def services(store: Store, settings: Settings) -> Services:
+    """What the API's routes work with, on this test file's database."""
+    return services_over(store, settings)
+
+
+@pytest.fixture
+async def client(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
+    """An HTTP client of the API, in process."""
+    async with client_of(services) as client:
+        yield client

@@ -44,12 +44,6 @@ def services(store: Store, settings: Settings, enqueuer: MoodyEnqueuer) -> Servi
     return services_over(store, settings, enqueuer=enqueuer, body_max_bytes=1024, batch_body_max_bytes=100_000)
 
 
-@pytest.fixture
-async def client(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(services) as client:
-        yield client
-
-
 async def stored(client: httpx2.AsyncClient) -> list[Any]:
     """All jobs, oldest first."""
     jobs: list[Any] = (await client.get("/v1/jobs?limit=500")).json()["jobs"]

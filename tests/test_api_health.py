@@ -20,11 +20,6 @@ async def ask_health(services: Services, path: str) -> httpx2.Response:
         return await client.get(path)
 
 
-@pytest.fixture
-def services(store: Store, settings: Settings) -> Services:
-    return services_over(store, settings)
-
-
 async def test_a_process_over_a_good_database_is_alive_and_ready(services: Services) -> None:
     assert (await ask_health(services, "/livez")).json() == {"status": "ok"}
     assert (await ask_health(services, "/readyz")).json() == {"status": "ok"}

@@ -1,19 +1,17 @@
-"""What holds for every route: the registry, access, problems, request ids and the log line."""
+"""What holds for every route: the registry, problems, request ids and the log line."""
 
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
 import msgspec
 import pytest
 import structlog
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from api_harness import app_with, ask, client_of, services_over
-from clarion.api.access import Guard, Permission
-from clarion.api.app import OPERATIONS, create_app
+from api_harness import app_with, services_over
+from clarion.api.access import Permission
+from clarion.api.app import OPERATIONS
 from clarion.api.decoding import Form, Nothing
 from clarion.api.operation import Call, Operation, Reply
 from clarion.api.problems import PROBLEM_JSON
@@ -39,19 +37,8 @@ OPEN = sorted({(operation.method, operation.path) for operation in OPERATIONS if
 
 
 @pytest.fixture
-def services(store: Store, settings: Settings) -> Services:
-    return services_over(store, settings)
-
-
-@pytest.fixture
 def guarded(store: Store, settings: Settings) -> Services:
     return services_over(store, settings, api_token=TOKEN)
-
-
-@pytest.fixture
-async def client(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(services) as client:
-        yield client
 
 
 def address(path: str) -> str:
@@ -89,106 +76,6 @@ def test_the_answers_of_every_operation_have_a_schema() -> None:
         [*kinds, *(operation.lines or operation.body for operation in OPERATIONS)],
         schema_hook=lambda _: {},
     )
-
-
-# -- Access ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"authorization": ""},
-        {"authorization": "Bearer"},
-        {"authorization": "Bearer "},
-        {"authorization": "Bearer wrong"},
-        {"authorization": f"Bearer {TOKEN}x"},
-        {"authorization": f"Bearer {TOKEN[:-1]}"},
-        {"authorization": f"Basic {TOKEN}"},
-        {"authorization": TOKEN},
-        {"x-api-key": ""},
-        {"x-api-key": "wrong"},
-        {"authorization": "Bearer wrong", "x-api-key": TOKEN},
-        {"cookie": f"token={TOKEN}"},
-        {"x-http-method-override": "GET"},
-    ],
-)
-async def test_without_the_token_no_method_of_a_v1_route_answers(guarded: Services, headers: dict[str, str]) -> None:
-    app = create_app(guarded)
-    for method in ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "FOO"]:
-        for _, path in V1:
-            assert (await ask(app, method, address(path), headers))[0] == 401
-
-
-@pytest.mark.parametrize(
-    "headers", [{"authorization": f"Bearer {TOKEN}"}, {"authorization": f"bearer  {TOKEN}"}, {"x-api-key": TOKEN}]
-)
-@pytest.mark.parametrize(("method", "path"), V1)
-async def test_with_the_token_every_v1_route_answers(
-    guarded: Services, method: str, path: str, headers: dict[str, str]
-) -> None:
-    status, _ = await ask(create_app(guarded), method, address(path), headers)
-    assert status in {200, 404, 400}
-
-
-@pytest.mark.parametrize(("method", "path"), V1)
-async def test_without_a_configured_token_every_v1_route_is_open(services: Services, method: str, path: str) -> None:
-    status, _ = await ask(create_app(services), method, address(path), {"authorization": "Bearer whatever"})
-    assert status in {200, 404, 400}
-
-
-@pytest.mark.parametrize(("method", "path"), OPEN)
-async def test_health_and_problem_pages_need_no_token(guarded: Services, method: str, path: str) -> None:
-    assert (await ask(create_app(guarded), method, address(path)))[0] == 200
-
-
-async def test_a_refusal_says_how_to_authenticate(guarded: Services) -> None:
-    async with client_of(guarded) as client:
-        answer = await client.get("/v1/jobs")
-    assert answer.headers["www-authenticate"].startswith("Bearer")
-    assert answer.json()["type"] == "/problems/unauthenticated"
-
-
-async def test_access_is_checked_before_the_body_is_read(guarded: Services) -> None:
-    read: list[bytes] = []
-
-    async def body() -> AsyncIterator[bytes]:
-        read.append(b"{}")
-        yield b"{}"
-
-    async with client_of(guarded) as client:
-        assert (await client.post("/v1/jobs", content=body())).status_code == 401
-    assert not read
-
-
-@pytest.mark.parametrize(
-    "trick",
-    [
-        "/{0}",
-        "{0}/",
-        "{0}//",
-        "{0}/.",
-        "{0}\n",
-        "{0}%0a",
-        "{0};x",
-        "/.{0}",
-        "/x/..{0}",
-        "{0}/../jobs",
-        "/%2e{0}",
-        "{0}.json",
-    ],
-)
-async def test_a_path_that_is_not_a_route_is_not_found(guarded: Services, trick: str) -> None:
-    app = create_app(guarded)
-    for path in sorted({path for _, path in V1 + OPEN}):
-        status, problem = await ask(app, "GET", trick.format(address(path)), {"authorization": f"Bearer {TOKEN}"})
-        assert (status, problem["type"]) == (404, "/problems/not-found")
-
-
-def test_a_guard_without_a_token_lets_everybody_in() -> None:
-    Guard("").check(Headers({}), Permission.READ)
-    with pytest.raises(Unauthenticated):
-        Guard("x").check(Headers({}), Permission.READ)
 
 
 # -- Problems ----------------------------------------------------------------------------------------------------

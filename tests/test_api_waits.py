@@ -15,7 +15,7 @@ import structlog
 
 from api_harness import claim, client_of, finish, listening, services_over
 from clarion.api.services import Services
-from clarion.db import open_database
+from clarion.db import Database, open_database
 from clarion.errors import Overloaded, Unavailable
 from clarion.job import DeadReason, Failure, NewJob
 from clarion.settings import Settings
@@ -37,8 +37,8 @@ class CountingStore(Store):
 
 
 @pytest.fixture
-def counting(store: Store, settings: Settings) -> CountingStore:
-    counting = CountingStore(store._database, settings)
+def counting(database: Database, settings: Settings) -> CountingStore:
+    counting = CountingStore(database, settings)
     counting.asked = []
     return counting
 

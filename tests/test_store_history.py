@@ -7,12 +7,12 @@ from uuid import UUID, uuid4
 import anyio
 import msgspec
 import pytest
-from conftest import settings_for
 
 from clarion.db import Locked, open_database
 from clarion.job import WorkerRecord
 from clarion.settings import Settings
 from clarion.store import Store
+from conftest import settings_for
 from store_actions import Jobs
 
 STRAY = """

@@ -91,6 +91,14 @@ class Unauthenticated(ClarionError):
     )  # fmt: skip
 
 
+class Forbidden(ClarionError):
+    """Known or not, the caller may not do this."""
+
+    problem = Problem(
+        "forbidden", 403, "Forbidden", False, "A web page of another site asked for this; its visitor did not."
+    )
+
+
 class NotFound(ClarionError):
     """There is no such thing, or no such route."""
 

@@ -2,7 +2,7 @@
 --
 -- CREATE TABLE … PARTITION OF would take ACCESS EXCLUSIVE on the parent and stop every finish for as long as the
 -- slowest reader; a table made apart and then attached takes SHARE UPDATE EXCLUSIVE, which no finish waits for.
--- Both functions give up after 200 ms without their locks, so that nobody queues behind them; they are tried again.
+-- Each function gives up after 200 ms without its locks, so that nobody queues behind it; it is tried again.
 
 create function clarion.create_history_partition(day date) returns boolean
   language plpgsql set search_path = pg_catalog set lock_timeout = '200ms' as $$
@@ -32,6 +32,24 @@ begin
 end
 $$;
 
+-- The days to come, and those whose rows went astray: these would stay for ever, since retention drops partitions.
+create function clarion.create_history_partitions(days_ahead integer) returns integer
+  language plpgsql set search_path = pg_catalog set lock_timeout = '200ms' as $$
+begin
+  if not pg_try_advisory_xact_lock(hashtext('clarion.partitions')) then
+    return 0;
+  end if;
+  return (
+    select count(*) filter (where clarion.create_history_partition(d.day))
+    from (
+      select (now() at time zone 'UTC')::date + ahead as day from generate_series(0, days_ahead) as ahead
+      union
+      select (h.finished_at at time zone 'UTC')::date from clarion.job_history_default as h
+    ) as d
+  );
+end
+$$;
+
 create function clarion.drop_history_partitions(before date) returns setof text
   language plpgsql set search_path = pg_catalog set lock_timeout = '200ms' as $$
 declare
@@ -53,4 +71,4 @@ end
 $$;
 
 -- The first days, so that no job finishes before its partition is there.
-select clarion.create_history_partition((now() at time zone 'UTC')::date + ahead) from generate_series(0, 3) as ahead;
+select clarion.create_history_partitions(3);

@@ -9,7 +9,7 @@ from enum import StrEnum
 import msgspec
 from starlette.datastructures import Headers
 
-from clarion.errors import Unauthenticated
+from clarion.errors import Forbidden, Unauthenticated
 
 
 class Permission(StrEnum):
@@ -25,8 +25,11 @@ class Guard(msgspec.Struct, frozen=True):
     token: str
 
     def check(self, headers: Headers, permission: Permission | None) -> None:
-        """Raises Unauthenticated unless the request may use a route that asks for `permission`."""
-        if permission is None or not self.token:
+        """Raises Unauthenticated or Forbidden unless the request may use a route that asks for `permission`."""
+        if permission is None:
+            return
+        if not self.token:
+            _refuse_other_sites(headers, permission)
             return
         given = _presented_token(headers)
         if given is None:
@@ -34,6 +37,16 @@ class Guard(msgspec.Struct, frozen=True):
         # On bytes, since compare_digest takes no text beyond ASCII; in constant time, so that it tells nothing.
         if not hmac.compare_digest(given.encode("latin-1"), self.token.encode()):
             raise Unauthenticated("the token is not the one that this server was given")
+
+
+def _refuse_other_sites(headers: Headers, permission: Permission) -> None:
+    """Without a token, what a browser sends for some other site's page looks like anybody's: it must change nothing.
+
+    Browsers name the site in `Sec-Fetch-Site`; nobody else sends it. Answers are safe: without CORS, no page of
+    another site can read them.
+    """
+    if permission is not Permission.READ and headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
+        raise Forbidden("a web page of another site may not do this")
 
 
 def _presented_token(headers: Headers) -> str | None:

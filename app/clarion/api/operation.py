@@ -26,6 +26,7 @@ from clarion.api.requests import JSON, media_type_of, read_body, unsupported
 from clarion.api.services import Services
 from clarion.errors import (
     ClarionError,
+    Forbidden,
     Invalid,
     Malformed,
     MethodNotAllowed,
@@ -96,7 +97,7 @@ class Operation(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=Tru
     def all_problems(self) -> tuple[type[ClarionError], ...]:
         """Every error that a caller of this operation can meet on purpose."""
         implied: list[type[ClarionError]] = [Invalid]
-        implied += [Unauthenticated] if self.permission else []
+        implied += [Unauthenticated, Forbidden] if self.permission else []
         implied += [Malformed, TooLarge, UnsupportedMediaType, RequestTimeout] if self.takes_body else []
         return tuple(dict.fromkeys((*implied, *self.problems)))
 

@@ -1,0 +1,251 @@
+"""The plans of the statements that run all the time, whatever Postgres believes of the tables.
+
+A pooled connection keeps one plan per statement. It may have been made when the queue was empty, or from statistics that
+were taken then, or from none at all; it must read the same few rows when the table holds 41,000 jobs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+
+from clarion.db import connect_options
+from clarion.settings import Settings
+from clarion.statements import statement
+from conftest import settings_for
+
+BACKLOG = 20_000
+BATCH = 500
+CLAIM = 20
+PROMOTABLE = 100
+
+NO_AUTOVACUUM = """
+    alter table clarion.jobs set (autovacuum_enabled = off);
+    alter table clarion.attempts set (autovacuum_enabled = off);
+    alter table clarion.job_history_default set (autovacuum_enabled = off);
+    select clarion.drop_history_partitions('2100-01-01');
+"""
+ANALYZE = "analyze clarion.jobs, clarion.job_history, clarion.attempts"
+EMPTY = "delete from clarion.jobs; delete from clarion.job_history; delete from clarion.attempts"
+FILL = f"""
+    insert into clarion.jobs (queue, task, state, run_at, sort_key)
+    select 'default', 't', 'ready', now() - interval '1 h', now() + n * interval '1 ms'
+    from generate_series(1, {BACKLOG}) as n;
+    insert into clarion.jobs (queue, task, state, run_at)
+    select 'default', 't', 'scheduled', now() + interval '1 h' from generate_series(1, {BACKLOG});
+    insert into clarion.jobs (queue, task, state, run_at)
+    select 'default', 't', 'scheduled', now() - interval '1 h' from generate_series(1, {PROMOTABLE});
+    insert into clarion.jobs (queue, task, state, attempt, started_at, lease_token, lease_expires_at, worker_id)
+    select 'default', 't', 'running', 1, now(), gen_random_uuid(), now() - interval '1 s', gen_random_uuid()
+    from generate_series(1, {BATCH});
+    insert into clarion.jobs (queue, task, state, dead_reason)
+    select 'default', 't', 'dead', 'crash_loop' from generate_series(1, 100);
+    insert into clarion.job_history
+      (id, lease_token, created_at, run_at, state, priority, attempt, errors, crashes, snoozes, queue, task, args)
+    select clarion.new_id(), gen_random_uuid(), now(), now(), 'succeeded', 0, 1, 0, 0, 0, 'default', 't', '{{}}'
+    from generate_series(1, 5000);
+    insert into clarion.attempts (job_id, lease_token, attempt, outcome, state, started_at)
+    select clarion.new_id(), gen_random_uuid(), 1, 'failed', 'scheduled', now() from generate_series(1, 5000);
+"""  # noqa: S608  numbers from above
+
+# The indexes of `jobs` that each hot statement walks, and the most rows that one scan of it may look at.
+HOT = {
+    "claim_jobs": ({"jobs_ready"}, CLAIM),
+    "complete_jobs": ({"jobs_pkey"}, BATCH),
+    "heartbeat_jobs": ({"jobs_pkey"}, BATCH),
+    "fail_jobs": ({"jobs_pkey"}, BATCH),
+    "snooze_jobs": ({"jobs_pkey"}, BATCH),
+    "release_jobs": ({"jobs_pkey"}, BATCH),
+    "reap_jobs": ({"jobs_running", "jobs_pkey"}, BATCH),
+    "promote_jobs": ({"jobs_scheduled"}, PROMOTABLE),
+    "next_due_seconds": ({"jobs_scheduled"}, 1),
+    "find_finished": ({"jobs_pkey"}, BATCH),
+    "get_job": ({"jobs_pkey"}, 1),
+    "list_jobs": ({"jobs_pkey"}, CLAIM),
+}
+
+
+async def arguments(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str, str]:
+    """What to call each hot statement with: all running jobs at once, as SQL."""
+    rows = await connection.fetch("select id::text, lease_token::text from clarion.jobs where state = 'running'")
+    ids, tokens = array([row["id"] for row in rows]), array([row["lease_token"] for row in rows])
+    failed, nothing, minute = array(["failed"] * len(rows)), array(["null"] * len(rows)), array(["60"] * len(rows))
+    claim = f"gen_random_uuid(), 30, '{{default,other}}', '{{{CLAIM},5}}', '{{t,u}}'" + ", '{null,null}'" * 4
+    return {
+        "claim_jobs": claim,
+        "complete_jobs": f"{ids}, {tokens}, {nothing}",
+        "heartbeat_jobs": f"{ids}, {tokens}, 30",
+        "fail_jobs": f"{ids}, {tokens}, {failed}, {', '.join([nothing] * 5)}, 20::smallint, 5, 3600",
+        "snooze_jobs": f"{ids}, {tokens}, {minute}",
+        "release_jobs": f"{ids}, {tokens}",
+        "reap_jobs": f"{BATCH}, 5, 20::smallint, 5, 3600, 0",
+        "promote_jobs": str(BATCH),
+        "next_due_seconds": "",
+        "find_finished": ids,
+        "get_job": f"'{rows[0]['id'] if rows else '00000000-0000-0000-0000-000000000000'}'",
+        "list_jobs": f"null, 'default', 't', now() - interval '1 day', null, null, {CLAIM}",
+    }
+
+
+def array(values: list[str]) -> str:
+    return "'{%s}'" % ",".join(values)
+
+
+def call(name: str, given: dict[str, str]) -> str:
+    return f"execute {name}({given[name]})" if given[name] else f"execute {name}"
+
+
+async def prepare(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """Makes the plan of each statement now, by its first execution."""
+    given = await arguments(connection)
+    for name in HOT:
+        await connection.execute(f"prepare {name} as {statement(name)}")
+        async with undone(connection):
+            await connection.execute(call(name, given))
+
+
+@asynccontextmanager
+async def undone(connection: asyncpg.Connection[asyncpg.Record]) -> AsyncIterator[None]:
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        yield
+    finally:
+        await transaction.rollback()
+
+
+# -- What Postgres may believe when it plans
+
+
+async def planned_when_the_queue_was_empty(connection: asyncpg.Connection[asyncpg.Record], _: Settings) -> None:
+    await connection.execute(ANALYZE)
+    await prepare(connection)
+    await connection.execute(FILL)
+
+
+async def analysed_when_the_queue_was_empty(connection: asyncpg.Connection[asyncpg.Record], _: Settings) -> None:
+    await connection.execute(ANALYZE)
+    await connection.execute(FILL)
+    await prepare(connection)
+
+
+async def analysed_when_all_was_dead_but_seen(
+    connection: asyncpg.Connection[asyncpg.Record], settings: Settings
+) -> None:
+    """A snapshot holds many pages of deleted rows in the table, which Postgres counts as none."""
+    await connection.execute(FILL)
+    reader = await asyncpg.connect(settings.database_url)
+    async with reader.transaction(isolation="repeatable_read"):
+        await reader.fetch("select count(*) from clarion.jobs")
+        await connection.execute(EMPTY)
+        await connection.execute(ANALYZE)
+        await prepare(connection)
+    await reader.close()
+    await connection.execute(FILL)
+
+
+async def never_analysed(connection: asyncpg.Connection[asyncpg.Record], _: Settings) -> None:
+    await connection.execute(FILL)
+    await prepare(connection)
+
+
+async def analysed(connection: asyncpg.Connection[asyncpg.Record], _: Settings) -> None:
+    await connection.execute(FILL)
+    await connection.execute(ANALYZE)
+    await prepare(connection)
+
+
+async def analysed_and_free_to_scan(connection: asyncpg.Connection[asyncpg.Record], settings: Settings) -> None:
+    """As on a connection whose settings a pooler dropped."""
+    await connection.execute("set enable_seqscan = on; set enable_bitmapscan = on")
+    await analysed(connection, settings)
+
+
+BELIEFS = (
+    planned_when_the_queue_was_empty,
+    analysed_when_the_queue_was_empty,
+    analysed_when_all_was_dead_but_seen,
+    never_analysed,
+    analysed,
+    analysed_and_free_to_scan,
+)
+
+
+# -- What the plans did
+
+
+class Plan:
+    """A statement's plan, as executed."""
+
+    def __init__(self, explained: str) -> None:
+        self._nodes = list(walk(json.loads(explained)[0]["Plan"]))
+
+    def indexes(self) -> set[str]:
+        """Those of `jobs` that it walked."""
+        return {node["Index Name"] for node in self._nodes if node.get("Index Name", "").startswith("jobs_")}
+
+    def reads_whole_tables(self) -> bool:
+        tables = ("jobs", "attempts", "job_history")
+        return any(node["Node Type"] == "Seq Scan" and node["Relation Name"].startswith(tables) for node in self._nodes)
+
+    def most_read_of_jobs(self) -> int:
+        """The most rows that one scan of the table looked at, those it threw away included."""
+        scans = [node for node in self._nodes if node.get("Relation Name") == "jobs" and "Scan" in node["Node Type"]]
+        return max(rows(scan) + rows(scan, "Rows Removed by Filter") for scan in scans)
+
+    def most_sorted(self) -> int:
+        return max((rows(node) for node in self._nodes if node["Node Type"] == "Sort"), default=0)
+
+    def most_joined_in_vain(self) -> int:
+        """Pairs of rows that a join looked at and threw away."""
+        return max(rows(node, "Rows Removed by Join Filter") for node in self._nodes)
+
+
+def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", []):
+        yield from walk(child)
+
+
+def rows(node: dict[str, Any], key: str = "Actual Rows") -> int:
+    return round(node.get(key, 0) * node.get("Actual Loops", 1))
+
+
+async def explain(connection: asyncpg.Connection[asyncpg.Record], name: str, given: dict[str, str]) -> Plan:
+    """Executes the statement, and undoes it."""
+    async with undone(connection):
+        return Plan(await connection.fetchval(f"explain (analyze, format json) {call(name, given)}"))
+
+
+@pytest.fixture
+def fresh(new_database: Callable[[], str]) -> Settings:
+    """A database that was never filled, analysed or planned for."""
+    return settings_for(new_database())
+
+
+@pytest.mark.parametrize("believe", BELIEFS)
+async def test_a_hot_statement_reads_only_what_it_takes(
+    fresh: Settings, believe: Callable[[asyncpg.Connection[asyncpg.Record], Settings], Awaitable[None]]
+) -> None:
+    connection = await asyncpg.connect(**connect_options(fresh, name="test", statement_timeout_seconds=100))
+    try:
+        await connection.execute(NO_AUTOVACUUM)
+        await believe(connection, fresh)
+        given = await arguments(connection)
+        for name, (indexes, most) in HOT.items():
+            plan = await explain(connection, name, given)
+            assert plan.indexes() == indexes, name
+            assert not plan.reads_whole_tables(), name
+            assert plan.most_read_of_jobs() <= most, name
+            assert plan.most_sorted() <= BATCH, name
+            assert plan.most_joined_in_vain() <= BATCH, name
+        async with undone(connection):
+            taken = await connection.execute(call("claim_jobs", given))
+            assert taken == f"UPDATE {CLAIM}"
+    finally:
+        await connection.close()
