@@ -127,7 +127,7 @@ class Jobs:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
-        """A second client, whose statements are committed when this context ends."""
+        """A second client; what it has not committed when this context ends is undone."""
         async with Session.open(self.settings) as session:
             yield session
 
@@ -145,15 +145,13 @@ class Session:
     async def open(cls, settings: Settings) -> AsyncIterator[Session]:
         connection = await asyncpg.connect(**connect_options(settings, name="test session"))
         session = cls(connection, settings)
-        await session.begin()
+        await session._transaction.start()
         try:
             yield session
+            if connection.is_in_transaction():
+                await session.rollback()
         finally:
             connection.terminate()
-
-    async def begin(self) -> None:
-        self._transaction = self.connection.transaction()
-        await self._transaction.start()
 
     async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
         with translated_errors():

@@ -79,6 +79,23 @@ def test_an_unreachable_database_ends_a_migration_with_its_own_exit_code(
     assert capsys.readouterr().err.startswith("clarion: the database is unavailable")
 
 
+@pytest.mark.parametrize("url", ["somewhere", "mysql://host/name", "postgresql://host:port/name"])
+def test_a_database_url_that_is_none_is_refused(run: Callable[..., Result], url: str) -> None:
+    refused = run("migrate", "up", "--database-url", url)
+    assert isinstance(refused.exception, UsageError)
+    assert "postgresql://user:password@host:5432/name" in str(refused.exception)
+
+
+def test_a_database_that_does_not_exist_is_named(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLARION_DATABASE_URL", settings_for("not_there").database_url)
+    with pytest.raises(SystemExit) as ended:
+        main(["scheduler"])
+    assert ended.value.code == 1
+    assert 'database "not_there" does not exist' in capsys.readouterr().err
+
+
 def test_migrate_up_status_and_sql(run: Callable[..., Result], empty_database: str) -> None:
     assert "pending" in run("migrate", "status", "--database-url", empty_database).output
     assert "applied 0001 jobs" in run("migrate", "up", "--database-url", empty_database).output

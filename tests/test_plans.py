@@ -1,7 +1,7 @@
 """The plans of the statements that run all the time, whatever Postgres believes of the tables.
 
-A pooled connection keeps one plan per statement. It may have been made when the queue was empty, or from statistics that
-were taken then, or from none at all; it must read the same few rows when the table holds 41,000 jobs.
+A pooled connection keeps one plan per statement. It may have been made when the queue was empty, or from statistics
+that were taken then, or from none at all; it must read the same few rows when the table holds 41,000 jobs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FILL = f"""
     from generate_series(1, 5000);
     insert into clarion.attempts (job_id, lease_token, attempt, outcome, state, started_at)
     select clarion.new_id(), gen_random_uuid(), 1, 'failed', 'scheduled', now() from generate_series(1, 5000);
-"""  # noqa: S608  numbers from above
+"""
 
 # The indexes of `jobs` that each hot statement walks, and the most rows that one scan of it may look at.
 HOT = {
@@ -93,7 +93,7 @@ async def arguments(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str,
 
 
 def array(values: list[str]) -> str:
-    return "'{%s}'" % ",".join(values)
+    return f"'{{{','.join(values)}}}'"
 
 
 def call(name: str, given: dict[str, str]) -> str:
@@ -213,7 +213,7 @@ def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def rows(node: dict[str, Any], key: str = "Actual Rows") -> int:
-    return round(node.get(key, 0) * node.get("Actual Loops", 1))
+    return round(float(node.get(key, 0)) * int(node.get("Actual Loops", 1)))
 
 
 async def explain(connection: asyncpg.Connection[asyncpg.Record], name: str, given: dict[str, str]) -> Plan:

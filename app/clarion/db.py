@@ -13,7 +13,7 @@ import anyio
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from clarion.errors import Overloaded, Unavailable, Unstorable
+from clarion.errors import Overloaded, Unavailable, UnsafeGround, Unstorable, UsageError
 from clarion.settings import Settings
 
 # The database is away, restarting, read-only, out of room, or too slow: try again later.
@@ -35,6 +35,14 @@ UNSTORABLE = (
     asyncpg.DataError,
     asyncpg.exceptions.ProgramLimitExceededError,
     asyncpg.IntegrityConstraintViolationError,
+)
+
+
+# Postgres answers, and refuses us: waiting will not help.
+_REFUSED = (
+    asyncpg.exceptions.InvalidAuthorizationSpecificationError,
+    asyncpg.exceptions.InvalidCatalogNameError,
+    asyncpg.exceptions.InsufficientPrivilegeError,
 )
 
 
@@ -89,6 +97,10 @@ def translated_errors() -> Iterator[None]:
             # Not a check of ours: the row was on its way to the default partition when its own was attached.
             raise Unavailable(f"the history was being partitioned: {error}") from error
         raise Unstorable(f"Postgres refuses the value: {error}") from error
+    except _REFUSED as error:
+        raise UnsafeGround(f"Postgres refuses the connection: {error}; check the database URL and its role") from error
+    except asyncpg.exceptions.ClientConfigurationError as error:
+        raise UsageError(f"the database URL cannot be used: {error}") from error
     except UNSTORABLE as error:
         raise Unstorable(f"Postgres refuses the value: {error}") from error
     except WEATHER as error:

@@ -114,4 +114,10 @@ def _checked(seen: dict[int, Applied]) -> tuple[Migration, ...]:
                 f"migration {version:04} ({applied.name}) was applied with another text than this version of "
                 "Clarion ships: install the Clarion that made this database, or restore the file"
             )
+    skipped = [step for step in migrations() if step.version not in seen and step.version < max(seen, default=0)]
+    if skipped:
+        raise UnsafeGround(
+            f"the database lacks migration {skipped[0].version:04} ({skipped[0].name}) though it has a later one: "
+            "restore the rows of clarion.schema_migrations"
+        )
     return migrations()

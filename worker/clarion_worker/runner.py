@@ -43,7 +43,10 @@ class Runner:
         outcome: Outcome = None
         with held.scope:
             outcome = await self._call(task, arguments, held, log)
-        return self._ended(held) if held.scope.cancelled_caught else outcome
+        # A handler that was told to stop and then raised something of its own did not fail: it was ended. One that
+        # returned a result all the same succeeded: the result came first.
+        ended = held.scope.cancelled_caught or (held.is_cancelled() and isinstance(outcome, Failure))
+        return self._ended(held) if ended else outcome
 
     async def _call(
         self, task: Task[..., Any], arguments: dict[str, Any], held: Held, log: FilteringBoundLogger

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -38,7 +39,19 @@ def prepare(flags: dict[str, Any], *, needs_database: bool = True) -> Settings:
             "which database? Set CLARION_DATABASE_URL or give --database-url postgresql://user@host/name "
             "(`clarion dev` starts a Postgres of its own)"
         )
+    _check_database_url(settings.database_url)
     return settings
+
+
+def _check_database_url(url: str) -> None:
+    parts = urlsplit(url)
+    try:
+        wrong = bool(url) and parts.scheme not in ("postgresql", "postgres")
+        wrong = wrong or ("," not in parts.netloc and parts.port == 0)
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise UsageError("the database URL must look like postgresql://user:password@host:5432/name")
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
