@@ -1,7 +1,7 @@
 """Postgres stopped and started under load: nothing acknowledged is lost, and every process recovers by itself."""
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Literal
 from uuid import UUID
@@ -69,26 +69,32 @@ async def all_finished(target: Deployment, jobs: list[UUID]) -> None:
                 await poll.wait()
 
 
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    """A server of this test's own, to stop."""
+    with running_postgres(None) as server:
+        yield server
+
+
 @pytest.mark.parametrize("way", ["immediate", "fast", "kill"])
 async def test_an_outage_under_load_loses_nothing_and_everything_recovers(
-    monkeypatch: pytest.MonkeyPatch, way: Literal["immediate", "fast", "kill"]
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, way: Literal["immediate", "fast", "kill"]
 ) -> None:
-    with running_postgres(None) as server:
-        async with everything(server, monkeypatch) as target:
-            load = Load(target)
-            async with anyio.create_task_group() as group:
-                group.start_soon(load.run)
-                for _ in range(OUTAGES):
-                    await load.more(100)
-                    await anyio.to_thread.run_sync(server.kill if way == "kill" else lambda: server.stop(way))
-                    await anyio.to_thread.run_sync(server.start)
+    async with everything(server, monkeypatch) as target:
+        load = Load(target)
+        async with anyio.create_task_group() as group:
+            group.start_soon(load.run)
+            for _ in range(OUTAGES):
                 await load.more(100)
-                group.cancel_scope.cancel()
-            assert set(load.statuses) <= {201, 503}
-            await all_finished(target, load.acknowledged)
-            async with database(target) as connection:
-                rows = await connection.fetch(
-                    "select id, state::text, count(*) over (partition by id) as finishes from clarion.job_history"
-                )
-            finished = {row["id"]: (row["state"], row["finishes"]) for row in rows}
-            assert [finished.get(job) for job in load.acknowledged] == [("succeeded", 1)] * len(load.acknowledged)
+                await anyio.to_thread.run_sync(server.kill if way == "kill" else lambda: server.stop(way))
+                await anyio.to_thread.run_sync(server.start)
+            await load.more(100)
+            group.cancel_scope.cancel()
+        assert set(load.statuses) <= {201, 503}
+        await all_finished(target, load.acknowledged)
+        async with database(target) as connection:
+            rows = await connection.fetch(
+                "select id, state::text, count(*) over (partition by id) as finishes from clarion.job_history"
+            )
+        finished = {row["id"]: (row["state"], row["finishes"]) for row in rows}
+        assert [finished.get(job) for job in load.acknowledged] == [("succeeded", 1)] * len(load.acknowledged)

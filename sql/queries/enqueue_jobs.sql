@@ -4,7 +4,7 @@
 -- $1 queue, $2 task, $3 args as JSON text, $4 priority, $5 run_at (null: see $6), $6 delay in seconds (null: none),
 -- $7 max_attempts, $8 timeout in seconds, $9 backoff in seconds, $10 its cap in seconds; $7 to $10 may be null.
 -- A run_at in the past counts as now, so that nobody jumps the line with a date.
--- Plan: one insert from a function scan; `queues` is a hash of the few queues that have settings.
+-- Plan: one insert from a function scan; the few queues that have settings are hashed, or probed by their key.
 with input as materialized (
   select clarion.new_id() as id, greatest(now(), i.run_at, now() + make_interval(secs => i.delay_seconds)) as due, i.*
   from unnest(

@@ -23,6 +23,7 @@ from clarion.cli import EXIT_USAGE
 from clarion.cli.options import as_environment
 from clarion.errors import UsageError
 from clarion.events import Event
+from clarion.loops import Signal
 from clarion.main import run_maintenance, serve
 from clarion.migrate import migrate
 from clarion.settings import Settings
@@ -76,54 +77,53 @@ class WorkerChild:
     def __init__(self, settings: Settings, options: WorkerOptions, stop: anyio.Event) -> None:
         self._options = options
         self._stop = stop
+        # Watched all the time, so that a file saved while the child is being restarted counts as well.
+        self._edited = Signal()
         drain = min(settings.drain_timeout_seconds, _DRAIN_SECONDS)
         self._environment = as_environment(msgspec.structs.replace(settings, drain_timeout_seconds=drain))
 
     async def run(self) -> None:
         """Keeps one child running until stopped; UsageError if it cannot run at all and nobody edits it."""
-        while not self._stop.is_set():
-            code = await self._run_once()
-            if self._stop.is_set() or code is None:
-                continue
-            log.warning(Event.WORKER_CHILD_EXITED, exit_code=code)
-            if code == EXIT_USAGE and not self._options.with_reload:
-                raise UsageError("the worker cannot run; its error stands above")
-            async with until(self._stop):
-                await (_python_file_changed() if self._options.with_reload else anyio.sleep(_RESTART_SECONDS))
+        async with anyio.create_task_group() as group:
+            if self._options.with_reload:
+                group.start_soon(_watch, self._edited)
+            while not self._stop.is_set():
+                await self._run_once()
+            group.cancel_scope.cancel()
 
-    async def _run_once(self) -> int | None:
-        """One life of the child: its exit code, or None when it was ended from here to be started again."""
-        async with await anyio.open_process(
+    async def _run_once(self) -> None:
+        """One life of the child, and the pause until the next."""
+        ended_from_here = anyio.Event()
+        process = await anyio.open_process(
             self._options.command(),
             stdin=subprocess.PIPE,
             stdout=None,
             stderr=None,
             env=os.environ | self._environment,
             start_new_session=True,  # Ctrl-C reaches this process only, which then ends the child in its turn
-        ) as process:
-            reloaded = anyio.Event()
-            async with anyio.create_task_group() as group:
-                group.start_soon(_end_after, process, self._stop.wait)
-                if self._options.with_reload:
-                    group.start_soon(self._reload, process, reloaded)
-                code = await process.wait()
-                group.cancel_scope.cancel()
-            return None if reloaded.is_set() else code
+        )
+        async with process, anyio.create_task_group() as group:
+            for condition in (self._stop.wait, self._edited.wait):
+                group.start_soon(_end_after, process, condition, ended_from_here)
+            code = await process.wait()
+            group.cancel_scope.cancel()
+        if not ended_from_here.is_set():
+            log.warning(Event.WORKER_CHILD_EXITED, exit_code=code)
+            await self._pause(code)
+        elif not self._stop.is_set():
+            log.info(Event.WORKER_CHILD_RELOADED)
 
-    async def _reload(self, process: Process, reloaded: anyio.Event) -> None:
-        changed = await _python_file_changed()
-        log.info(Event.WORKER_CHILD_RELOADED, changed=changed)
-        reloaded.set()
-        await _end(process)
+    async def _pause(self, code: int) -> None:
+        if code == EXIT_USAGE and not self._options.with_reload:
+            raise UsageError("the worker cannot run; its error stands above")
+        async with until(self._stop):
+            await (self._edited.wait() if self._options.with_reload else anyio.sleep(_RESTART_SECONDS))
 
 
-async def _end_after(process: Process, condition: Callable[[], Awaitable[object]]) -> None:
+async def _end_after(process: Process, condition: Callable[[], Awaitable[object]], ended: anyio.Event) -> None:
+    """Once the condition holds, asks the process to drain, and kills it if it does not."""
     await condition()
-    await _end(process)
-
-
-async def _end(process: Process) -> None:
-    """Asks the process to drain, and kills it if it does not."""
+    ended.set()
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
         with anyio.move_on_after(_KILL_SECONDS):
@@ -132,12 +132,11 @@ async def _end(process: Process) -> None:
         process.kill()
 
 
-async def _python_file_changed() -> list[str]:
-    """Returns when Python files below the current directory were written: their paths."""
+async def _watch(edited: Signal) -> None:
+    """Sets the signal whenever a Python file below the current directory is written."""
     try:
         from watchfiles import PythonFilter, awatch
     except ImportError as error:
         raise UsageError("--reload needs watchfiles: pip install 'clarion-jobs[reload]'") from error
-    async for changes in awatch(Path.cwd(), watch_filter=PythonFilter()):
-        return sorted({path for _, path in changes})
-    return []
+    async for _ in awatch(Path.cwd(), watch_filter=PythonFilter()):
+        edited.set()
