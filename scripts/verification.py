@@ -27,6 +27,14 @@ from clarion.embedded import running_postgres
 console = Console(stderr=True)
 
 
+class VerificationError(Exception):
+    """The proof could not even be tried; the text says why."""
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
 class Deployment(msgspec.Struct, frozen=True):
     """A running Clarion: its API, and the database behind it, to look whether the API tells the truth."""
 
@@ -98,7 +106,9 @@ async def deployment(options: argparse.Namespace) -> AsyncIterator[Deployment]:
     """The deployment that the flags name, or an ephemeral one that ends with this block."""
     if options.url:
         if not options.database_url:
-            sys.exit("--url needs --database-url too: the verification looks behind the API and starts workers there")
+            raise VerificationError(
+                "--url needs --database-url too: the verification looks behind the API and starts workers there"
+            )
         yield Deployment(options.url.rstrip("/"), options.database_url, options.token)
         return
     with running_postgres(None) as server:
@@ -109,6 +119,9 @@ async def deployment(options: argparse.Namespace) -> AsyncIterator[Deployment]:
 @asynccontextmanager
 async def stack(database_url: str) -> AsyncIterator[Deployment]:
     """An API and a scheduler of our own, as processes, on a database that may be thrown away."""
+    # What the shell says of another deployment is nothing to this one.
+    for name in ("CLARION_API_TOKEN", "CLARION_LOG_LEVEL", "CLARION_LOG_FORMAT"):
+        os.environ.pop(name, None)
     os.environ.update({"CLARION_DATABASE_URL": database_url, "CLARION_EPHEMERAL": "true"})
     await anyio.run_process([*clarion(), "migrate", "up"])
     async with running([*clarion(), "scheduler"]), running([*clarion(), "serve", "--port", "0"]) as api:
@@ -119,7 +132,8 @@ async def stack(database_url: str) -> AsyncIterator[Deployment]:
 @asynccontextmanager
 async def worker(target: Deployment, *flags: str) -> AsyncIterator[WorkerProcess]:
     """A worker process with the demo tasks, once it has started; killed at the end if it still lives."""
-    command = [*clarion(), "worker", "--demo", "--log-format", "json", "--database-url", target.database_url, *flags]
+    command = [*clarion(), "worker", "--demo", "--log-format", "json", "--log-level", "info"]
+    command += ["--database-url", target.database_url, *flags]
     async with running(command) as child:
         line = msgspec.json.decode(await child.line_with('"worker.started"'))
         yield WorkerProcess(child, UUID(line["worker_id"]))
@@ -141,7 +155,7 @@ class Child:
                 if text in line:
                     return line
             if self._ended:
-                sys.exit("a process ended too early; it said:\n" + "\n".join(self._tail))
+                raise VerificationError("a process ended too early; it said:\n" + "\n".join(self._tail))
             await self._changed.wait()
 
     async def pump(self) -> None:
@@ -232,6 +246,9 @@ class ProgressBar:
 
 def run(main: Any, options: argparse.Namespace) -> None:
     """Runs `main(options)`, which answers a report; prints it and exits 1 if anything was not as promised."""
-    report: Report = anyio.run(main, options)
+    try:
+        report: Report = anyio.run(main, options)
+    except* VerificationError as group:
+        sys.exit(f"cannot verify: {_first(group)}")
     report.print(as_json=options.json)
     sys.exit(1 if report.failed else 0)

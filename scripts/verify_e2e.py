@@ -11,7 +11,6 @@ import environment  # isort: skip  # noqa: F401  first: makes the imports below 
 import argparse
 import hashlib
 import signal
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -27,6 +26,7 @@ import msgspec
 from verification import (
     Deployment,
     Report,
+    VerificationError,
     WorkerProcess,
     arguments,
     console,
@@ -127,7 +127,9 @@ async def kill_while_it_holds_jobs(
         if not held:
             victim.signal(signal.SIGCONT)
             if not await connection.fetchval("select exists (select from clarion.jobs where queue = $1)", queue):
-                sys.exit("all jobs were done before a worker could be caught holding one: take a larger --tree")
+                raise VerificationError(
+                    "all jobs were done before a worker could be caught holding one: take a larger --tree"
+                )
             await anyio.sleep(0.005)
     victim.signal(signal.SIGKILL)
     finished = await connection.fetchval("select count(*) from clarion.job_history where queue = $1", queue)

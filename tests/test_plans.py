@@ -52,6 +52,7 @@ FILL = f"""
     insert into clarion.attempts (job_id, lease_token, attempt, outcome, state, started_at)
     select clarion.new_id(), gen_random_uuid(), 1, 'failed', 'scheduled', now() from generate_series(1, 5000);
 """
+MORE = f"insert into clarion.jobs (queue, task) select 'default', 't' from generate_series(1, {4 * BACKLOG})"
 
 # The indexes of `jobs` that each hot statement walks, and the most rows that one scan of it may look at.
 HOT = {
@@ -139,6 +140,7 @@ async def analysed_when_all_was_dead_but_seen(
 ) -> None:
     """A snapshot holds many pages of deleted rows in the table, which Postgres counts as none."""
     await connection.execute(FILL)
+    await connection.execute(ANALYZE)
     reader = await asyncpg.connect(settings.database_url)
     async with reader.transaction(isolation="repeatable_read"):
         await reader.fetch("select count(*) from clarion.jobs")
@@ -151,6 +153,7 @@ async def analysed_when_all_was_dead_but_seen(
 
 async def never_analysed(connection: asyncpg.Connection[asyncpg.Record], _: Settings) -> None:
     await connection.execute(FILL)
+    await connection.execute(MORE)
     await prepare(connection)
 
 
@@ -247,5 +250,19 @@ async def test_a_hot_statement_reads_only_what_it_takes(
         async with undone(connection):
             taken = await connection.execute(call("claim_jobs", given))
             assert taken == f"UPDATE {CLAIM}"
+    finally:
+        await connection.close()
+
+
+async def test_a_list_since_a_moment_reads_nothing_older(fresh: Settings) -> None:
+    """Ids begin with their time, so the moment bounds the walk along the primary keys."""
+    connection = await asyncpg.connect(**connect_options(fresh, name="test"))
+    try:
+        await connection.execute(FILL)
+        await connection.execute(f"prepare list_jobs as {statement('list_jobs')}")
+        since = "null, null, null, now() + interval '1 s', null, null, 100"
+        plan = await explain(connection, "list_jobs", {"list_jobs": since})
+        assert plan.indexes() == {"jobs_pkey"}
+        assert plan.most_read_of_jobs() == 0
     finally:
         await connection.close()

@@ -233,6 +233,26 @@ async def test_a_call_repeated_while_the_first_is_undone_counts_itself(jobs: Job
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+async def test_batches_lock_their_jobs_in_one_order_so_that_they_never_deadlock(jobs: Jobs, ending: str) -> None:
+    await jobs.enqueue(5)
+    first, *others = await jobs.claim(5)
+    answers: list[bool | str | None] = []
+
+    async def end() -> None:
+        answers.extend(await attempt_all(jobs.store, ending, [*reversed(others), first]))
+
+    async with jobs.session() as session, anyio.create_task_group() as group:
+        await session.fetch("select from clarion.jobs where id = $1 for update", first.id)
+        group.start_soon(end)
+        await session.until_it_blocks_another()
+        free = await session.fetch("select from clarion.jobs where id <> $1 for update skip locked", first.id)
+        assert len(free) == 4
+        await session.rollback()
+    assert len(answers) == 5
+    assert all(answers)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 async def test_an_ending_waits_for_a_heartbeat_in_flight_and_then_counts(jobs: Jobs, ending: str) -> None:
     lease = await jobs.run()
     answers: list[bool | str | None] = []

@@ -97,17 +97,13 @@ async def test_the_reaper_looks_again_at_a_lease_that_was_extended_meanwhile(job
 
 
 async def test_a_heartbeat_is_a_hot_update(jobs: Jobs) -> None:
-    leases = [Release(lease.id, lease.token) for lease in [await jobs.run() for _ in range(50)]]
+    leases = [Release(lease.id, lease.token) for lease in [await jobs.run() for _ in range(5)]]
     async with jobs.session() as session:
-        for _ in range(3):
-            await session.store.heartbeat_jobs(leases, lease_seconds=60)
+        await session.store.heartbeat_jobs(leases, lease_seconds=60)
         (row,) = await session.fetch("""
             select n_tup_upd, n_tup_hot_upd from pg_stat_xact_user_tables where relid = 'clarion.jobs'::regclass
         """)
-        await session.commit()
-    assert row["n_tup_upd"] == 150
-    # The room that a page keeps free holds some versions; a beat in real life finds the last one cleaned up.
-    assert row["n_tup_hot_upd"] >= 50
+    assert (row["n_tup_upd"], row["n_tup_hot_upd"]) == (5, 5)
 
 
 async def test_no_index_holds_the_expiry(jobs: Jobs) -> None:

@@ -190,13 +190,17 @@ async def test_whoever_reads_the_history_is_not_waited_for(jobs: Jobs, strays: t
     assert len(await jobs.store.drop_history_partitions()) == 1
 
 
-async def test_a_foreign_partition_is_never_dropped(jobs: Jobs) -> None:
+async def test_foreign_partitions_are_left_alone_and_no_name_of_theirs_breaks_it(jobs: Jobs) -> None:
     await jobs.fetch("""
         create table clarion.job_history_archive partition of clarion.job_history
         for values from ('2001-01-01Z') to ('2002-01-01Z')
     """)
+    await jobs.fetch("""
+        create table clarion.job_history_99999999 partition of clarion.job_history
+        for values from ('2002-01-01Z') to ('2003-01-01Z')
+    """)
     assert await jobs.store.drop_history_partitions() == []
-    assert await partitions(jobs) == ["job_history_archive"]
+    assert await partitions(jobs) == ["job_history_99999999", "job_history_archive"]
 
 
 # -- Attempts

@@ -1,6 +1,6 @@
 """Looking at jobs: one, a page of many, and those that are finished; live or in the history alike."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import pytest
@@ -150,18 +150,6 @@ async def test_no_moment_breaks_a_list(jobs: Jobs, year: int) -> None:
     moment = datetime(year, 1, 1, tzinfo=UTC)
     assert len(await listed(jobs, created_after=moment)) == (0 if year == 9999 else 3)
     assert len(await listed(jobs, created_before=moment)) == (3 if year == 9999 else 0)
-
-
-async def test_the_start_of_a_list_bounds_what_is_read_of_the_index(jobs: Jobs) -> None:
-    (old,) = await jobs.enqueue()
-    since = old.created_at + timedelta(microseconds=1)
-    async with jobs.session() as session:
-        floor = await session.fetch("select clarion.id_floor($1) as id", since)
-        (new,) = await session.store.enqueue_jobs([NewJob(task=TASK)])
-        await session.commit()
-    assert old.id < new.id
-    assert floor[0]["id"] <= new.id
-    assert await listed(jobs, created_after=since) == [new.id]
 
 
 # -- Finished

@@ -117,7 +117,9 @@ async def test_a_ring_that_could_not_be_sent_is_sent_later(database: Database, s
     assert rings.heard == [Ring({"mail": 1})]
 
 
-@pytest.mark.parametrize("payload", ["", "nonsense", "[]", '{"queues": {"mail": "many"}}', '{"queues": 5}'])
+@pytest.mark.parametrize(
+    "payload", ["", "nonsense", "[]", '{"queues": {"mail": "many"}}', '{"queues": 5}', "[" * 5000, "\ud800"]
+)
 def test_a_payload_that_cannot_be_read_says_nothing(payload: str) -> None:
     assert decode_ring(payload) == Ring()
 

@@ -1,13 +1,16 @@
 """What becomes of a job when a handler does this or that; the worker runs in this process, on a real database."""
 
+import asyncio
+import functools
 import math
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import pytest
 from msgspec import Meta
@@ -81,6 +84,69 @@ async def exits() -> None:
     raise SystemExit(3)
 
 
+class Panic(BaseException):
+    """As a library written in another language may raise."""
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
+@dataclass
+class Picky:
+    number: int
+
+    def __post_init__(self) -> None:
+        raise KeyError("never satisfied")
+
+
+@worker.task("panics", max_attempts=1)
+async def panics() -> None:
+    raise Panic("in another language")
+
+
+@worker.task("unprintable", max_attempts=1)
+async def unprintable() -> None:
+    raise Unprintable
+
+
+@worker.task("picky", max_attempts=1)
+async def picky(value: Picky) -> None: ...
+
+
+@worker.task("cancels-its-task", max_attempts=1)
+async def cancels_its_task() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await anyio.lowlevel.checkpoint()
+
+
+@worker.task("swallows-a-cancel", max_attempts=1, timeout="100ms")
+async def swallows_a_cancel() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await anyio.lowlevel.checkpoint()
+    await anyio.sleep_forever()
+
+
+@worker.task("raises-when-ended", max_attempts=1, timeout="50ms")
+async def raises_when_ended() -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        raise RuntimeError("while cleaning up")
+
+
+@worker.task("wrapped")
+@functools.wraps(anything.handler)
+def wrapped(**values: object) -> Any:
+    return anything(**values)
+
+
 @worker.task("result")
 async def result(kind: str) -> object:
     return {
@@ -90,6 +156,7 @@ async def result(kind: str) -> object:
         "escaped": "a\\u0000b",
         "surrogate": "\ud800",
         "object": object(),
+        "raw": {"a": msgspec.Raw(b"null")},
         "large": "x" * 2_000_000,
         "null": {"nothing": None, "number": 1.5},
         "none": None,
@@ -142,6 +209,16 @@ async def test_a_payload_that_does_not_fit_is_dead_at_once_with_the_reason(
     assert complaint in str(job.error_message)
 
 
+async def test_a_type_that_refuses_its_value_makes_the_payload_unfit(jobs: Client) -> None:
+    job = await jobs.run(NewJob(task="picky", args='{"value": {"number": 1}}'))
+    assert (job.state, job.dead_reason) == ("dead", "undecodable_payload")
+
+
+async def test_an_async_handler_behind_a_plain_decorator_runs(jobs: Client) -> None:
+    job = await jobs.run(NewJob(task="wrapped", args='{"a": 1}'))
+    assert job.result == '{"a":1}'
+
+
 async def test_a_sync_handler_runs_in_a_thread(jobs: Client) -> None:
     job = await jobs.run(NewJob(task="sync"))
     assert job.result == "true"
@@ -177,14 +254,25 @@ async def test_an_attempt_is_ended_at_its_timeout(jobs: Client) -> None:
     assert (job.state, job.error_type, job.crashes) == ("dead", "AttemptTimeout", 0)
 
 
-@pytest.mark.parametrize(("task", "error_type"), [("cancels-itself", "CancelledError"), ("exits", "SystemExit")])
+@pytest.mark.parametrize(
+    ("task", "error_type"),
+    [
+        ("cancels-itself", "CancelledError"),
+        ("cancels-its-task", "CancelledError"),
+        ("swallows-a-cancel", "AttemptTimeout"),
+        ("raises-when-ended", "AttemptTimeout"),
+        ("exits", "SystemExit"),
+        ("panics", "Panic"),
+        ("unprintable", "Unprintable"),
+    ],
+)
 async def test_a_handler_cannot_take_its_slot_or_the_worker_down(jobs: Client, task: str, error_type: str) -> None:
     dead = await jobs.run(NewJob(task=task))
     assert (dead.state, dead.error_type) == ("dead", error_type)
     assert (await jobs.run(NewJob(task="anything"))).state == "succeeded"
 
 
-@pytest.mark.parametrize("kind", ["nan", "inside", "nul", "surrogate", "object", "large"])
+@pytest.mark.parametrize("kind", ["nan", "inside", "nul", "surrogate", "object", "large", "raw"])
 async def test_a_result_that_cannot_be_stored_is_dead_as_such(jobs: Client, kind: str) -> None:
     job = await jobs.run(NewJob(task="result", args=f'{{"kind": "{kind}"}}'))
     assert (job.state, job.dead_reason) == ("dead", "result_unstorable")

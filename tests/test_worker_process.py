@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import UUID
 
 import anyio
+import asyncpg
 import msgspec
 import pytest
 
@@ -147,12 +148,66 @@ async def test_a_handler_that_blocks_the_loop_for_longer_than_the_lease_keeps_it
 
 
 async def test_a_worker_hung_for_longer_than_hang_after_loses_its_jobs(settings: Settings, tmp_path: Path) -> None:
-    flags = ("--lease-seconds", "1", "--hang-after-seconds", "0.5")
+    flags = ("--lease-seconds", "1", "--hang-after-seconds", "1")
     async with client(settings) as jobs, own_worker(settings, tmp_path, *flags) as child:
         (job_id,) = await jobs.enqueue(NewJob(task="blocks", args='{"seconds": 600}'))
         job = await jobs.until(job_id, lambda job: job.crashes == 1)
         assert job.state == "ready"
         assert "worker.hung" in await child.line_with("worker.hung")
+
+
+@pytest.mark.parametrize("task", ["stubborn", "stubborn-thread"])
+async def test_a_stuck_handler_frees_its_slot_and_does_not_run_twice_at_once(
+    settings: Settings, tmp_path: Path, task: str
+) -> None:
+    flags = ("--concurrency", "2")
+    async with client(settings) as jobs, own_worker(settings, tmp_path, *flags) as child:
+        (job_id,) = await jobs.enqueue(NewJob(task=task, timeout_seconds=0.1, backoff_seconds=0.1))
+        assert "attempt.stuck" in await child.line_with("attempt.stuck")
+        again = await jobs.until(job_id, lambda job: job.snoozes > 0)
+        assert again.errors == 1
+        for _ in range(5):
+            assert (await jobs.run(NewJob(task="blocks", args='{"seconds": 0}'))).state == "succeeded"
+        child.process.send_signal(signal.SIGTERM)
+        assert await child.process.wait() == 0
+
+
+async def test_a_worker_whose_slots_are_all_stuck_ends_to_be_replaced(settings: Settings, tmp_path: Path) -> None:
+    flags = ("--concurrency", "1", "--drain-timeout-seconds", "0")
+    async with client(settings) as jobs, own_worker(settings, tmp_path, *flags) as child:
+        await jobs.enqueue(NewJob(task="stubborn", timeout_seconds=0.1))
+        assert await child.process.wait() == 1
+
+
+async def test_a_second_signal_is_obeyed_under_a_handler_that_blocks(settings: Settings, tmp_path: Path) -> None:
+    async with client(settings) as jobs, own_worker(settings, tmp_path) as child:
+        await running_on(jobs, NewJob(task="blocks", args='{"seconds": 600}'))
+        child.process.send_signal(signal.SIGTERM)
+        child.process.send_signal(signal.SIGINT)
+        assert await child.process.wait() == 1
+
+
+async def test_a_result_that_cannot_be_recorded_in_time_is_not_released(settings: Settings) -> None:
+    async with client(settings) as jobs, demo_worker(settings, "--drain-timeout-seconds", "0") as process:
+        job_id = await running_on(jobs, NewJob(task="demo.sleep", args='{"seconds": 0.3}'))
+        async with locked(settings, job_id):
+            await process.child.line_with("outcome.retried")
+            process.signal(signal.SIGTERM)
+            await process.child.line_with("worker.drain_started")
+        assert (await jobs.final(job_id)).state == "succeeded"
+        assert await process.process.wait() == 0
+
+
+@asynccontextmanager
+async def locked(settings: Settings, job_id: UUID) -> AsyncIterator[None]:
+    """Another session's lock on the job's row."""
+    connection = await asyncpg.connect(settings.database_url)
+    try:
+        async with connection.transaction():
+            await connection.execute("select from clarion.jobs where id = $1 for update", job_id)
+            yield
+    finally:
+        await connection.close()
 
 
 async def test_sigterm_while_the_database_is_away_ends_the_worker(settings: Settings) -> None:
@@ -169,12 +224,17 @@ async def test_sigterm_while_the_database_is_away_ends_the_worker(settings: Sett
         ("nowhere:worker", "there is no module 'nowhere'"),
         ("own_tasks:missing", "no clarion_worker.Worker called 'missing'"),
         ("own_tasks", "write MODULE:NAME"),
+        ("broken", "SyntaxError"),
+        ("raising", "RuntimeError: at import"),
     ],
 )
 async def test_a_worker_that_cannot_be_found_says_what_to_write(
     settings: Settings, tmp_path: Path, target: str, complaint: str
 ) -> None:
     (tmp_path / "own_tasks.py").write_text(STUBBORN)
+    (tmp_path / "broken.py").write_text("def (:")
+    (tmp_path / "raising.py").write_text("raise RuntimeError('at import')")
+    target = target if ":" in target or target == "own_tasks" else f"{target}:worker"
     command = [*clarion(), "worker", target, "--database-url", settings.database_url]
     done = await anyio.run_process(command, cwd=tmp_path, check=False)
     assert done.returncode == 2

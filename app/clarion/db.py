@@ -13,7 +13,7 @@ import anyio
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from clarion.errors import Overloaded, Unavailable, UnsafeGround, Unstorable, UsageError
+from clarion.errors import Overloaded, Unavailable, Unstorable, UsageError
 from clarion.settings import Settings
 
 # The database is away, restarting, read-only, out of room, or too slow: try again later.
@@ -28,6 +28,8 @@ WEATHER = (
     asyncpg.exceptions.TransactionRollbackError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
     asyncpg.exceptions.PostgresSystemError,
+    asyncpg.exceptions.InternalServerError,
+    asyncpg.exceptions.FatalPostgresError,
 )
 
 # Postgres refuses the value itself: a NUL, a number out of range, a row too large, a broken constraint.
@@ -38,12 +40,15 @@ UNSTORABLE = (
 )
 
 
-# Postgres answers, and refuses us: waiting will not help.
 _REFUSED = (
     asyncpg.exceptions.InvalidAuthorizationSpecificationError,
     asyncpg.exceptions.InvalidCatalogNameError,
     asyncpg.exceptions.InsufficientPrivilegeError,
 )
+
+
+class Refused(Unavailable):
+    """Postgres answers and refuses us. At start-up that is a mistake to report; later, weather: somebody is at work."""
 
 
 class Locked(Unavailable):
@@ -98,7 +103,7 @@ def translated_errors() -> Iterator[None]:
             raise Unavailable(f"the history was being partitioned: {error}") from error
         raise Unstorable(f"Postgres refuses the value: {error}") from error
     except _REFUSED as error:
-        raise UnsafeGround(f"Postgres refuses the connection: {error}; check the database URL and its role") from error
+        raise Refused(f"Postgres refuses the connection: {error}; check the database URL and its role") from error
     except asyncpg.exceptions.ClientConfigurationError as error:
         raise UsageError(f"the database URL cannot be used: {error}") from error
     except UNSTORABLE as error:

@@ -133,12 +133,6 @@ class UnsupportedMediaType(ClarionError):
     )
 
 
-class LeaseLost(ClarionError):
-    """The lease token no longer holds the job: it expired and was taken over, or the job is finished."""
-
-    problem = Problem("lease-lost", 409, "Lease lost", False, "Drop the outcome: the job is no longer yours.")
-
-
 class Unstorable(ClarionError):
     """Postgres refuses a value (a NUL, a number out of range, too large); its neighbours are unharmed."""
 

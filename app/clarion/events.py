@@ -8,6 +8,7 @@ class Event(StrEnum):
 
     REQUEST_FINISHED = "request.finished"
     ATTEMPT_FINISHED = "attempt.finished"
+    ATTEMPT_STUCK = "attempt.stuck"
 
     WORKER_STARTED = "worker.started"
     WORKER_DRAIN_STARTED = "worker.drain_started"
@@ -33,5 +34,6 @@ class Event(StrEnum):
     WORKERS_PRUNED = "workers.pruned"
 
     MIGRATION_APPLIED = "migration.applied"
+    MIGRATION_AWAITED = "migration.awaited"
     SERVER_STARTED = "server.started"
     SERVER_STOPPED = "server.stopped"

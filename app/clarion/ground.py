@@ -3,6 +3,7 @@
 import anyio
 import structlog
 
+from clarion.db import Refused
 from clarion.errors import Unavailable, UnsafeGround
 from clarion.events import Event
 from clarion.loops import backoff_seconds
@@ -30,6 +31,8 @@ async def wait_for_ground(store: Store, settings: Settings) -> None:
     while True:
         try:
             await check_ground(store, settings)
+        except Refused as error:
+            raise UnsafeGround(str(error)) from error
         except Unavailable as error:
             failures += 1
             if failures == 1:

@@ -42,4 +42,7 @@ def _console_tail() -> list[Processor]:
 
 def _render_json(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> bytes:
     head = {key: event_dict.pop(key) for key in ("time", "level", "event")}
-    return msgspec.json.encode({**head, **event_dict}, enc_hook=repr)
+    try:
+        return msgspec.json.encode({**head, **event_dict}, enc_hook=repr)
+    except (UnicodeError, RecursionError):  # a log line must not fail what it tells about
+        return msgspec.json.encode({**head, "fields": ascii(event_dict)})

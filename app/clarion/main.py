@@ -27,23 +27,21 @@ from clarion.wake import Ringer
 log = structlog.get_logger()
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_BACKLOG = 2048
 
 
 @asynccontextmanager
-async def running_services(settings: Settings) -> AsyncIterator[Services]:
-    """What the routes need, with its background tasks running. Waits for a database that is away."""
-    async with open_database(settings, name="api") as database:
-        store = Store(database, settings)
-        await wait_for_ground(store, settings)
-        ringer = Ringer(store, settings)
-        enqueuer = Enqueuer(store, ringer, settings)
-        waits = Waits(store, settings)
-        async with anyio.create_task_group() as group:
-            group.start_soon(enqueuer.run)
-            group.start_soon(waits.run)
-            group.start_soon(partial(run_forever, ringer.step, name="ring"))
-            yield Services(store=store, enqueuer=enqueuer, waits=waits, settings=settings, draining=anyio.Event())
-            group.cancel_scope.cancel()
+async def running_services(store: Store, settings: Settings) -> AsyncIterator[Services]:
+    """What the routes need, with its background tasks running. A bug in one ends the block, and so the process."""
+    ringer = Ringer(store, settings)
+    enqueuer = Enqueuer(store, ringer, settings)
+    waits = Waits(store, settings)
+    async with anyio.create_task_group() as group:
+        group.start_soon(enqueuer.run)
+        group.start_soon(waits.run)
+        group.start_soon(partial(run_forever, ringer.step, name="ring"))
+        yield Services(store=store, enqueuer=enqueuer, waits=waits, settings=settings, draining=anyio.Event())
+        group.cancel_scope.cancel()
 
 
 async def run_maintenance(settings: Settings) -> None:
@@ -61,9 +59,13 @@ async def serve(
     settings: Settings, *, listening: socket.socket, stop: anyio.Event, started: Callable[[], None] = lambda: None
 ) -> None:
     """Answers HTTP on a bound socket until `stop` is set; `started` is called once requests are answered."""
-    async with until(stop), running_services(settings) as services:
-        with anyio.CancelScope(shield=True):
-            await _Server(settings, services, started).serve_until(stop, listening)
+    async with open_database(settings, name="api") as database:
+        store = Store(database, settings)
+        async with until(stop):
+            await wait_for_ground(store, settings)
+        if not stop.is_set():
+            async with running_services(store, settings) as services:
+                await _Server(settings, services, started).serve_until(stop, listening)
 
 
 def bind(settings: Settings, host: str, port: int) -> socket.socket:
@@ -77,10 +79,18 @@ def bind(settings: Settings, host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+        listening.listen(_BACKLOG)  # now, so that a second one on this port is told at once
+    except (OSError, UnicodeError, TypeError) as error:
         listening.close()
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host}:{port}: {reason}; choose others with --host, --port") from error
     return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where a bound socket answers."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _Server(uvicorn.Server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+import anyio
 import asyncpg
 import msgspec
 import structlog
@@ -18,6 +19,7 @@ log = structlog.get_logger()
 
 
 _LOCK_WAIT_SECONDS = 5
+_LOCK_POLL_SECONDS = 0.1
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -45,7 +47,7 @@ async def migrate(settings: Settings) -> list[Migration]:
     connection = await connect(settings, name="migrate", statement_timeout_seconds=0)
     try:
         with translated_errors():
-            await connection.execute(statement("lock_migrations"))
+            await _lock(connection)
             await connection.execute(bootstrap())
             seen = await _read_applied(connection)
             pending = [step for step in _checked(seen) if step.version not in seen]
@@ -81,6 +83,15 @@ def migration_script() -> str:
         )
         parts.append(f"-- {step.version:04} {step.name}\nbegin;\n{step.sql}\n{record}\ncommit;")
     return "\n\n".join(parts)
+
+
+async def _lock(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    waited = False
+    while not await connection.fetchval(statement("lock_migrations")):
+        if not waited:
+            log.info(Event.MIGRATION_AWAITED, reason="another process is migrating this database")
+        waited = True
+        await anyio.sleep(_LOCK_POLL_SECONDS)
 
 
 async def _apply(connection: asyncpg.Connection[asyncpg.Record], step: Migration) -> None:

@@ -79,13 +79,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float, Meta(ge=1, le=86_400, description="How long a claim holds a job without a heartbeat.")
     ] = 30.0
     hang_after_seconds: Annotated[
-        float, Meta(gt=0, description="Event loop blocked for longer: heartbeats stop, the leases run out.")
+        float, Meta(ge=1, description="Event loop blocked for longer: heartbeats stop, the leases run out.")
     ] = 120.0
     concurrency: Annotated[int, Meta(ge=1, le=10_000, description="Jobs that one worker runs at once.")] = 20
     drain_timeout_seconds: Annotated[
         float,
         Meta(ge=0, le=86_400, description="Time that running jobs get at shutdown before they are released."),
-    ] = 25.0
+    ] = 20.0
     result_max_bytes: Annotated[int, Meta(ge=0, description="Largest stored result.")] = 1_048_576
 
     max_attempts: Annotated[

@@ -1,5 +1,6 @@
 """How processes end: the first signal asks for an orderly stop, the second one is obeyed at once."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -9,23 +10,30 @@ from typing import NoReturn
 
 import anyio
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 @asynccontextmanager
 async def stop_on_signals() -> AsyncIterator[anyio.Event]:
-    """An event that SIGTERM or SIGINT sets; a second signal ends the process under whatever it does."""
-    stop = anyio.Event()
+    """An event that SIGTERM or SIGINT sets; a second signal ends the process under whatever it does.
 
-    async def watch() -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                if stop.is_set():
-                    leave(1)
-                stop.set()
+    Plain signal handlers, not the event loop's: a handler of a job that blocks the loop must not block these.
+    """
+    loop, stop, seen = asyncio.get_running_loop(), anyio.Event(), 0
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch)
+    def receive(_number: int, _frame: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            leave(1)
+        loop.call_soon_threadsafe(stop.set)
+
+    before = [signal.signal(number, receive) for number in _SIGNALS]
+    try:
         yield stop
-        group.cancel_scope.cancel()
+    finally:
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 @asynccontextmanager

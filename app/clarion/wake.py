@@ -128,7 +128,7 @@ def decode_ring(payload: str) -> Ring:
     """The ring in a payload; one that cannot be read, from a stranger or another version, says nothing."""
     try:
         return msgspec.json.decode(payload, type=Ring)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return Ring()
 
 

@@ -61,7 +61,7 @@ begin
   for name in
     select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid
     where i.inhparent = 'clarion.job_history'::regclass
-      and c.relname ~ '^job_history_[0-9]{8}$' and to_date(right(c.relname, 8), 'YYYYMMDD') < before
+      and c.relname ~ '^job_history_[0-9]{8}$' and right(c.relname, 8) < to_char(before, 'YYYYMMDD')
     order by c.relname
   loop
     execute format('drop table clarion.%I', name);

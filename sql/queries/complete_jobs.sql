@@ -3,7 +3,8 @@
 -- Takes: running → succeeded.
 -- $1 job ids, $2 lease tokens, $3 results as JSON text (null: none).
 -- `completed` is true for a job that this token finished, now or in an earlier call whose answer was lost; false
--- means the lease is lost. Of a call that stands in the input twice, the first result is kept.
+-- means the lease is lost. Of a call that stands in the input twice, the first result is kept. Jobs are taken in the
+-- order of their ids, so that two batches that share some wait for each other and never deadlock.
 --
 -- Why there is no `state = 'running'`: the token implies it, and with it the planner may pick the partial index on
 -- running rows, after which a batch of 500 took 253 ms instead of 10.

@@ -1,2 +1,2 @@
--- Lets one process at a time migrate; the lock goes with the session.
-select pg_advisory_lock(hashtext('clarion.migrations'))
+-- Lets one process at a time migrate; the lock goes with the session. False: another process has it.
+select pg_try_advisory_lock(hashtext('clarion.migrations')) as locked

@@ -10,9 +10,8 @@ async def send(to: str, order_id: int, *, ctx: Context) -> dict[str, str]:
     return {"sent_to": to}
 """
 
-from clarion.errors import LeaseLost
 from clarion_worker.context import Context
 from clarion_worker.outcomes import Discard, Snooze
 from clarion_worker.registry import Task, Worker
 
-__all__ = ["Context", "Discard", "LeaseLost", "Snooze", "Task", "Worker"]
+__all__ = ["Context", "Discard", "Snooze", "Task", "Worker"]

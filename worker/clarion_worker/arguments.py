@@ -3,6 +3,7 @@
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,7 +25,7 @@ class Arguments:
         """Keyword arguments for the handler; raises ValueError in words about the payload."""
         try:
             decoded = self._decoder.decode(payload)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except Exception as error:
             raise ValueError(f"the payload does not fit the handler: {error}") from error
         if isinstance(decoded, dict):
             return decoded
@@ -39,7 +40,7 @@ def _decoder(
         raise UsageError(f"task {task}: a handler takes its arguments by name, so no positional-only ones and no *args")
     if inspect.Parameter.VAR_KEYWORD in kinds:
         return msgspec.json.Decoder(dict[str, Any])
-    hints = typing.get_type_hints(handler, include_extras=True)
+    hints = _hints(handler, parameters, task)
     fields = [
         _field(parameter, hints.get(name, Any)) for name, parameter in parameters.items() if name != CONTEXT_PARAMETER
     ]
@@ -47,6 +48,22 @@ def _decoder(
         return msgspec.json.Decoder(msgspec.defstruct("Arguments", fields, kw_only=True, forbid_unknown_fields=True))
     except TypeError as error:
         raise UsageError(f"task {task}: its signature cannot be read from JSON: {error}") from error
+
+
+def _hints(handler: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], task: str) -> dict[str, Any]:
+    """The types of the arguments that come from the payload; those of `ctx` and of the result are nobody's business."""
+    wanted = {
+        name: parameter.annotation
+        for name, parameter in parameters.items()
+        if name != CONTEXT_PARAMETER and parameter.annotation is not inspect.Parameter.empty
+    }
+    names = getattr(inspect.unwrap(handler), "__globals__", {})
+    try:
+        return typing.get_type_hints(SimpleNamespace(__annotations__=wanted), names, include_extras=True)
+    except NameError as error:
+        raise UsageError(
+            f"task {task}: {error} in its signature: import it at run time, not under TYPE_CHECKING"
+        ) from error
 
 
 def _field(parameter: inspect.Parameter, hint: Any) -> tuple[str, Any] | tuple[str, Any, Any]:

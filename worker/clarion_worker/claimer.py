@@ -2,7 +2,7 @@
 
 `hungry` holds the queues that may have work. A ring adds its queues; a claim takes its queues out, and puts those back
 that gave all they were asked for, since they may have more. So a busy worker needs no rings (each freed slot claims at
-once from a queue known to be full), and an idle one sends nothing but a slow, jittered sweep.
+once from a queue known to be full), and an idle one claims nothing but in a slow, jittered sweep.
 """
 
 import time
@@ -18,6 +18,8 @@ from clarion.loops import Signal, jittered
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import Ring
+
+_LAST_CLAIM_SECONDS = 2.0
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class Claimer:
         self._start = start
         self._hungry: set[str] = set()
         self._turn = 0
+        self._claiming: anyio.CancelScope | None = None
         self.wake = Signal()
 
     def hear(self, ring: Ring) -> None:
@@ -67,6 +70,11 @@ class Claimer:
         if self._hungry:
             self.wake.set()
 
+    def hurry(self) -> None:
+        """The process is stopping: a claim under way gets a moment to be answered, and no longer."""
+        if self._claiming is not None:
+            self._claiming.deadline = anyio.current_time() + _LAST_CLAIM_SECONDS
+
     async def step(self) -> float:
         """One claim for all free slots. Answers how long to sleep when nobody calls: the sweep."""
         free = self._free_slots()
@@ -77,7 +85,7 @@ class Claimer:
         claim_max = self._share(free)
         self._hungry -= claim_max.keys()
         # Never cancelled half-way: a claim whose answer is thrown away strands its jobs until the leases run out.
-        with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True) as self._claiming:
             await self._claim(claim_max)
         return 0 if self._hungry and self._free_slots() > 0 else jittered(self._settings.sweep_seconds)
 

@@ -40,12 +40,15 @@ class Finisher:
 
     async def finish(self, outcome: Completion | Failure | Snoozing | Release) -> str | None:
         """The job's state after the outcome is committed; None when the lease was lost, and the outcome dropped."""
-        failures = 0
+        failures, substituted = 0, False
         while True:
             try:
                 return await self._submit(outcome)
             except Unstorable as error:
-                outcome = _unstorable(outcome, error)
+                if substituted:
+                    log.warning(Event.OUTCOME_ABANDONED, job_id=str(outcome.id), error=str(error))
+                    return None  # the lease runs out, and the reaper deals with the row
+                outcome, substituted = _unstorable(outcome, error), True
             except Unavailable as error:
                 failures += 1
                 if failures == 1:

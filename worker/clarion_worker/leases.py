@@ -12,7 +12,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
+from uuid import UUID
 
 import anyio
 import structlog
@@ -31,6 +33,7 @@ _MARGIN = 0.1
 _BEATS_PER_LEASE = 3
 _RETRY_SECONDS = 0.5
 _TICK_SECONDS = 0.25
+_STOP_SECONDS = 1.0
 
 
 class EndReason(StrEnum):
@@ -42,33 +45,36 @@ class EndReason(StrEnum):
 
 
 class Held:
-    """A lease in this process. Its scope surrounds the handler; `end` may be called from the main loop only."""
+    """A lease in this process, while its attempt runs and until its outcome is recorded. For the main loop only."""
 
-    __slots__ = ("end_reason", "lease", "scope", "valid_until")
+    __slots__ = ("changed", "end_reason", "ending", "finishing", "lease", "valid_until")
 
     def __init__(self, lease: Lease, *, valid_until: float) -> None:
         self.lease = lease
         self.valid_until = valid_until  # on the monotonic clock
-        self.scope = anyio.CancelScope()
+        self.changed = anyio.Event()  # the handler has ended, or is to end
+        self.ending = False  # the handler is to end
         self.end_reason: EndReason | None = None
+        self.finishing = False  # the outcome is known, and being recorded
 
     def end(self, reason: EndReason) -> None:
-        """Cancels the handler; the first reason stands."""
-        if self.end_reason is None:
+        """Asks for the handler's end; the first reason stands. Nothing, once the outcome is known."""
+        if self.end_reason is None and not self.finishing:
             self.end_reason = reason
-            self.scope.cancel()
+            self.ending = True
+            self.changed.set()
 
-    def is_cancelled(self) -> bool:
-        """Whether the handler was told to stop, by `end` or by its timeout."""
-        return self.scope.cancel_called
+    def is_ending(self) -> bool:
+        """Whether the handler was told to end, by `end` or by its timeout."""
+        return self.ending
 
 
 class Leases:
-    """All leases of this process, by job id."""
+    """All leases of this process, by token."""
 
     def __init__(self, settings: Settings) -> None:
         self.lease_seconds = settings.lease_seconds
-        self._held: dict[object, Held] = {}
+        self._held: dict[UUID, Held] = {}
         self.freed = Signal()
 
     def __len__(self) -> int:
@@ -85,28 +91,26 @@ class Leases:
     def add(self, lease: Lease, *, sent: float) -> Held:
         """Starts to hold a lease that was just claimed."""
         held = Held(lease, valid_until=self.valid_until(sent))
-        self._held[lease.id] = held
+        self._held[lease.token] = held
         return held
 
     def remove(self, held: Held) -> None:
         """Stops to hold it; its slot is free."""
-        if self._held.get(held.lease.id) is held:
-            del self._held[held.lease.id]
+        del self._held[held.lease.token]
         self.freed.set()
 
     def fence(self) -> None:
         """Ends every attempt whose lease can no longer be trusted."""
         now = time.monotonic()
         for held in self.all():
-            if now > held.valid_until and held.end_reason is None:
+            if now > held.valid_until and held.end_reason is None and not held.finishing:
                 held.end(EndReason.FENCED)
                 log.warning(Event.LEASE_FENCED, job_id=str(held.lease.id), task=held.lease.task)
 
     def lose(self, lost: Iterable[Held]) -> None:
         """Ends attempts whose jobs belong to somebody else by now."""
         for held in lost:
-            if self._held.get(held.lease.id) is held:
-                held.end(EndReason.LOST)
+            held.end(EndReason.LOST)
 
 
 class Heartbeats:
@@ -138,15 +142,25 @@ class Heartbeats:
             if not self._stopping:
                 raise RuntimeError("the heartbeat thread ended; its traceback stands above")
         finally:
-            self._stopping = True
-            if self._thread_loop is not None and not self._ended.is_set():
-                self._thread_loop.call_soon_threadsafe(self._stop_waiting.set)
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Beats no more; returns when the thread has ended, or after a moment if a beat hangs."""
+        self._stopping = True
+        with anyio.move_on_after(_STOP_SECONDS, shield=True):
+            while not self._ended.is_set():
+                if self._thread_loop is not None:
+                    self._thread_loop.call_soon_threadsafe(self._stop_waiting.set)
+                with anyio.move_on_after(_TICK_SECONDS):
+                    await self._ended.wait()
 
     def _run_thread(self, main_loop: asyncio.AbstractEventLoop) -> None:
         try:
             anyio.run(self._beat_until_stopped, main_loop)
         finally:
-            main_loop.call_soon_threadsafe(self._ended.set)
+            self._thread_loop = None
+            with suppress(RuntimeError):  # the main loop is closed: nobody waits
+                main_loop.call_soon_threadsafe(self._ended.set)
 
     async def _beat_until_stopped(self, main_loop: asyncio.AbstractEventLoop) -> None:
         database = DedicatedDatabase(self._settings, name="heartbeat")
@@ -160,7 +174,7 @@ class Heartbeats:
                     await self.beat(store, main_loop)
             except (Unavailable, TimeoutError) as error:
                 if not weather:
-                    log.warning(Event.STEP_FAILED, step="heartbeat", error=str(error))
+                    log.warning(Event.STEP_FAILED, step="heartbeat", error=str(error) or "it took too long")
                 weather = True
                 await database.close()
                 await self._stop_waiting.wait_for(min(_RETRY_SECONDS, self._interval_seconds))

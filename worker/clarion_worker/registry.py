@@ -26,6 +26,8 @@ class Task(Generic[P, R]):
         self.policy = policy
         self.arguments = Arguments(handler, task=name)
         self.is_async = inspect.iscoroutinefunction(handler)
+        if inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
+            raise UsageError(f"task {name}: a handler returns its result; this one is a generator (it has a `yield`)")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The handler itself, for tests and for other handlers."""

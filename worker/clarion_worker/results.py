@@ -31,5 +31,5 @@ def encode_result(result: Any, *, max_bytes: int) -> str | None:
 def _check_finite(result: Any) -> None:
     try:
         json.dumps(msgspec.to_builtins(result), allow_nan=False)
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError("the result contains NaN or an infinite number, which JSON cannot express") from error

@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
 from uuid import UUID, uuid4
 
 import anyio
@@ -16,7 +15,7 @@ from clarion.db import open_database
 from clarion.errors import Unavailable, UsageError
 from clarion.events import Event
 from clarion.ground import wait_for_ground
-from clarion.job import Failure, Lease, Release, WorkerRecord
+from clarion.job import Failure, Lease, WorkerRecord
 from clarion.loops import run_forever
 from clarion.names import check_name
 from clarion.settings import Settings
@@ -27,12 +26,12 @@ from clarion_worker.claimer import Claimer, Subscription
 from clarion_worker.finisher import Finisher
 from clarion_worker.leases import EndReason, Heartbeats, Held, Leases
 from clarion_worker.registry import Worker
-from clarion_worker.runner import Outcome, Runner
+from clarion_worker.runner import CANCEL_GRACE_SECONDS, Outcome, Runner
 
 log = structlog.get_logger()
 
-# After handlers are cancelled they get this long to end; then their jobs are released without them.
-_CANCEL_GRACE_SECONDS = 3.0
+# After the last handler has ended, its outcome gets this long to be recorded.
+_LAST_WORD_SECONDS = 2.0
 
 
 class WorkerService:
@@ -57,8 +56,8 @@ class WorkerService:
             worker.tasks, threads_max=settings.concurrency, result_max_bytes=settings.result_max_bytes
         )
 
-    async def run(self) -> None:
-        """Works until stopped. Raises UnsafeGround for a database that cannot keep the promises."""
+    async def run(self) -> int:
+        """Works until stopped; the exit code. Raises UnsafeGround for a database that cannot keep the promises."""
         with self._send, self._receive:
             async with open_database(self._settings, name="worker") as database:
                 store = Store(database, self._settings)
@@ -66,6 +65,17 @@ class WorkerService:
                     await wait_for_ground(store, self._settings)
                 if not self._stop.is_set():
                     await self._work(store)
+        return 1 if self._is_worn_out() else 0
+
+    @property
+    def stuck(self) -> int:
+        """Handlers that will not end: only the end of the process ends them."""
+        return self._runner.stuck
+
+    @property
+    def threads_busy(self) -> int:
+        """Handlers that sit in a thread at this moment, which the interpreter would wait for."""
+        return self._runner.threads_busy
 
     async def _work(self, store: Store) -> None:
         ringer = Ringer(store, self._settings)
@@ -79,20 +89,18 @@ class WorkerService:
             background.start_soon(partial(run_forever, ringer.step, name="ring"))
             finisher.start(background)
             log.info(
-                Event.WORKER_STARTED,
-                worker_id=str(self.id),
-                queues=self._queues,
-                tasks=sorted(self._worker.tasks),
+                Event.WORKER_STARTED, worker_id=str(self.id), queues=self._queues, tasks=sorted(self._worker.tasks)
             )
             async with anyio.create_task_group() as slots:
                 for _ in range(self._settings.concurrency):
                     slots.start_soon(self._slot, claimer, finisher)
                 await self._claim_until_stopped(claimer)
-                await self._drain(finisher)
+                await self._drain()
                 self._send.close()
+            await heartbeats.stop()
             await self._say_goodbye(store)
             background.cancel_scope.cancel()
-        log.info(Event.WORKER_STOPPED, worker_id=str(self.id))
+        log.info(Event.WORKER_STOPPED, worker_id=str(self.id), stuck=self.stuck)
 
     def _claimer(self, store: Store) -> Claimer:
         return Claimer(
@@ -111,42 +119,45 @@ class WorkerService:
         self._send.send_nowait(self._leases.add(lease, sent=sent))
 
     async def _claim_until_stopped(self, claimer: Claimer) -> None:
-        async with until(self._stop):
-            await run_forever(claimer.step, name="claim", wake=claimer.wake)
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(run_forever, claimer.step, name="claim", wake=claimer.wake))
+            await self._stop.wait()
+            claimer.hurry()
+            group.cancel_scope.cancel()
 
     async def _slot(self, claimer: Claimer, finisher: Finisher) -> None:
         """One of the `concurrency` places in which attempts run, one after the other."""
         async for held in self._receive:
             started = time.monotonic()
             outcome = await self._runner.run(held)
+            held.finishing = True
             state = None if outcome is None else await finisher.finish(outcome)
             self._leases.remove(held)
             claimer.slot_freed()
             _log_attempt(held.lease, outcome, state, run_seconds=time.monotonic() - started)
+            if self._is_worn_out():
+                self._stop.set()
 
-    async def _drain(self, finisher: Finisher) -> None:
+    def _is_worn_out(self) -> bool:
+        """Whether so many handlers are stuck that the process had better be replaced."""
+        return self.stuck >= self._settings.concurrency
+
+    async def _drain(self) -> None:
         log.info(Event.WORKER_DRAIN_STARTED, worker_id=str(self.id), running=len(self._leases))
         await self._wait_until_idle(self._settings.drain_timeout_seconds)
         for held in self._leases.all():
             held.end(EndReason.DRAINED)
-        await self._wait_until_idle(_CANCEL_GRACE_SECONDS)
-        if stuck := self._leases.all():
-            await self._abandon(stuck, finisher)
+        await self._wait_until_idle(CANCEL_GRACE_SECONDS + _LAST_WORD_SECONDS)
+        if silent := self._leases.all():
+            # Their outcomes are known, and the database does not answer: it takes them back when the leases run out.
+            jobs = [{"job_id": str(held.lease.id), "task": held.lease.task} for held in silent]
+            log.warning(Event.OUTCOME_ABANDONED, worker_id=str(self.id), jobs=jobs)
+            leave(0)
 
     async def _wait_until_idle(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
             while len(self._leases):
                 await self._leases.freed.wait()
-
-    async def _abandon(self, stuck: list[Held], finisher: Finisher) -> NoReturn:
-        """Hands back jobs whose handlers ignore cancellation, and ends the process under them."""
-        with anyio.move_on_after(_CANCEL_GRACE_SECONDS):
-            async with anyio.create_task_group() as group:
-                for held in stuck:
-                    group.start_soon(finisher.finish, Release(held.lease.id, held.lease.token))
-        jobs = [{"job_id": str(held.lease.id), "task": held.lease.task} for held in stuck]
-        log.warning(Event.OUTCOME_ABANDONED, worker_id=str(self.id), jobs=jobs)
-        leave(0)
 
     async def _say_goodbye(self, store: Store) -> None:
         with anyio.move_on_after(1):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -50,13 +51,21 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return cli(arguments, prog_name="clarion")
     except (ClarionError, BaseExceptionGroup) as error:
-        known = _only_clarion_error(error)
-        if known is None:
+        if _only_clarion_error(error) is None:
             raise
-        click.secho(f"clarion: {known}", fg="red", err=True)
-        sys.exit(_exit_code(known))
+        sys.exit(report(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def report(error: BaseException) -> int:
+    """Prints an error as a user should see it, a bug with its traceback; answers the exit code."""
+    known = _only_clarion_error(error)
+    if known is None:
+        traceback.print_exception(error)
+        return EXIT_FAILED
+    click.secho(f"clarion: {known}", fg="red", err=True)
+    return _exit_code(known)
 
 
 def _only_clarion_error(error: BaseException) -> ClarionError | None:

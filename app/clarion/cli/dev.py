@@ -40,14 +40,13 @@ def command(
 ) -> None:
     """Postgres, API, worker and maintenance, for development. MODULE:NAME is a worker of your own."""
     from clarion.cli.dev_stack import WorkerOptions, run_stack
-    from clarion.main import bind
+    from clarion.main import bind, url_of
 
     settings = prepare(flags, needs_database=False)
     listening = bind(settings, host, port)
     options = WorkerOptions(target=target, queues=queues, with_demo=with_demo, with_reload=with_reload)
     with _database(settings, directory, throw_away=throw_away) as (settings, where):
-        url = f"http://{host}:{listening.getsockname()[1]}"
-        banner = _banner(url, where, with_demo=with_demo)
+        banner = _banner(url_of(listening), where, with_demo=with_demo)
         anyio.run(run_stack, settings, listening, options, banner, backend_options={"use_uvloop": True})
 
 

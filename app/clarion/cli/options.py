@@ -55,9 +55,5 @@ def _check_database_url(url: str) -> None:
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
-    """The settings that are not defaults, as environment variables for a child process."""
-    return {
-        f"{PREFIX}{field.name.upper()}": str(getattr(settings, field.name))
-        for field in msgspec.structs.fields(Settings)
-        if getattr(settings, field.name) != field.default
-    }
+    """The settings as environment variables for a child process: all of them, whatever it would inherit."""
+    return {f"{PREFIX}{name.upper()}": str(value) for name, value in msgspec.structs.asdict(settings).items()}

@@ -14,14 +14,14 @@ from clarion.cli.options import COMMON, prepare, setting_flags
 @setting_flags(*COMMON, "api_token", "pool_max")
 def command(*, host: str, port: int, **flags: Any) -> None:
     """Answer HTTP. Any number of these may run."""
-    from clarion.main import bind, serve
+    from clarion.main import bind, serve, url_of
     from clarion.signals import stop_on_signals
 
     settings = prepare(flags)
     listening = bind(settings, host, port)
 
     def say_where() -> None:
-        click.echo(f"Clarion answers on http://{host}:{listening.getsockname()[1]}", err=True)
+        click.echo(f"Clarion answers on {url_of(listening)}", err=True)
 
     async def run() -> None:
         async with stop_on_signals() as stop:

@@ -4,16 +4,20 @@ import importlib
 import os
 import sys
 import threading
+import traceback
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import click
 
+from clarion.cli import report
 from clarion.cli.options import COMMON, prepare, setting_flags
 from clarion.errors import UsageError
 
 if TYPE_CHECKING:
     from clarion_worker import Worker
+    from clarion_worker.service import WorkerService
 
 
 @click.command("worker")
@@ -24,23 +28,35 @@ if TYPE_CHECKING:
 @setting_flags(*COMMON, "concurrency", "lease_seconds", "drain_timeout_seconds", "hang_after_seconds")
 def command(*, target: str | None, queues: str, with_demo: bool, until_stdin_closes: bool, **flags: Any) -> None:
     """Run jobs with the handlers of MODULE:NAME, a `clarion_worker.Worker`. Any number of these may run."""
-    from clarion.signals import leave, stop_on_signals
+    from clarion.signals import stop_on_signals
     from clarion_worker.service import WorkerService
 
     settings = prepare(flags)
     worker = _collect(target, with_demo=with_demo)
     names = [name.strip() for name in queues.split(",") if name.strip()]
+    if until_stdin_closes:
+        threading.Thread(target=_leave_with_parent, name="clarion-parent", daemon=True).start()
 
-    async def run() -> None:
-        async with stop_on_signals() as stop, anyio.create_task_group() as group:
-            if until_stdin_closes:
-                group.start_soon(_leave_with_parent)
-            await WorkerService(worker, settings, queues=names, stop=stop).run()
-            group.cancel_scope.cancel()
+    async def run() -> int:
+        async with stop_on_signals() as stop:
+            return await _run_to_the_end(WorkerService(worker, settings, queues=names, stop=stop))
 
-    anyio.run(run, backend_options={"use_uvloop": True})
-    if any(thread is not threading.current_thread() and not thread.daemon for thread in threading.enumerate()):
-        leave(0)  # a handler that ignored its end still sits in its thread, and would hold the process
+    sys.exit(anyio.run(run, backend_options={"use_uvloop": True}))
+
+
+async def _run_to_the_end(service: "WorkerService") -> int:
+    """Runs the service; where a handler's task or thread would outlive it, ends the process here and now."""
+    from clarion.signals import leave
+
+    try:
+        code = await service.run()
+    except BaseException as error:
+        if service.stuck or service.threads_busy:
+            leave(report(error))
+        raise
+    if service.stuck:
+        leave(code)
+    return code
 
 
 def _collect(target: str | None, *, with_demo: bool) -> "Worker":
@@ -52,7 +68,7 @@ def _collect(target: str | None, *, with_demo: bool) -> "Worker":
         worker.include(load_worker(target))
     if with_demo:
         worker.include(demo)
-    if not worker.tasks:
+    if target is None and not with_demo:
         raise UsageError("nothing to run: name a worker as MODULE:NAME, or give --demo")
     return worker
 
@@ -66,20 +82,40 @@ def load_worker(target: str) -> "Worker":
         raise UsageError(f"{target!r} does not name a worker: write MODULE:NAME, as in tasks:worker")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise
-        raise UsageError(f"there is no module {module_name!r} here or on the Python path") from error
+    module = _import(module_name)
     found = getattr(module, name, None)
     if not isinstance(found, Worker):
         raise UsageError(f"{module_name} has no clarion_worker.Worker called {name!r}")
     return found
 
 
-async def _leave_with_parent() -> None:
+def _import(module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UsageError(f"there is no module {module_name!r} here or on the Python path") from error
+        raise UsageError(_import_failure(module_name, error)) from error
+    except UsageError:
+        raise
+    except Exception as error:  # somebody's module may raise anything
+        raise UsageError(_import_failure(module_name, error)) from error
+
+
+def _import_failure(module_name: str, error: Exception) -> str:
+    """The error with the frames of the module itself, without those of the import system and of this command."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
+    shown = traceback.format_list([frame for frame in own if not frame.filename.endswith("importlib/__init__.py")])
+    lines = "".join([*shown, *traceback.format_exception_only(error)]).rstrip()
+    return f"importing {module_name!r} failed:\n{lines}"
+
+
+def _leave_with_parent() -> None:
+    """Reads standard input to its end, which comes when the parent has gone, however; in a thread of its own, since
+    a handler may block the event loop."""
     from clarion.signals import leave
 
-    await anyio.wait_readable(sys.stdin)
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
     leave(1)
