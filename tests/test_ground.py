@@ -20,6 +20,7 @@ SAFE = Ground(
     fsync=True,
     read_only=False,
     server_version=150000,
+    synchronous_commit=True,
     schema_version=schema_version(),
     unlogged_tables=[],
     missing_unique_indexes=[],

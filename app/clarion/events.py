@@ -20,6 +20,7 @@ class Event(StrEnum):
     LEASE_LOST = "lease.lost"
     LEASE_FENCED = "lease.fenced"
     LEASES_EXPIRED = "leases.expired"
+    JOB_PARKED = "job.parked"
     OUTCOME_RETRIED = "outcome.retried"
     OUTCOME_ABANDONED = "outcome.abandoned"
 

@@ -55,6 +55,9 @@ def find_faults(ground: Ground, *, ephemeral: bool) -> list[str]:
         ),
         "fsync is off, so a crash loses acknowledged jobs: turn it on, or set CLARION_EPHEMERAL=true for "
         "throw-away data": (not ground.fsync and not ephemeral),
+        "synchronous_commit is off, so a crash loses acknowledged jobs: turn it on for this database or role": (
+            not ground.synchronous_commit and not ephemeral
+        ),
         f"not logged, so a crash empties them: {_names(ground.unlogged_tables)}: `alter table … set logged`": bool(
             ground.unlogged_tables
         ),

@@ -4,7 +4,7 @@
         ▲                    ▲                │
         │                    ├──release, reap─┤
         ├──fail, snooze, reap─────────────────┤
-        │                                     └──fail, reap──▶ dead
+        │                                     └──fail, reap, park──▶ dead
 
 `TRANSITIONS` is the one table of edges. Tests prove that the statements in `sql/queries` take exactly these, and
 that the diagram in ARCHITECTURE.md shows them.
@@ -37,6 +37,7 @@ class DeadReason(StrEnum):
     UNDECODABLE_PAYLOAD = "undecodable_payload"
     RESULT_UNSTORABLE = "result_unstorable"
     CRASH_LOOP = "crash_loop"
+    UNPROCESSABLE = "unprocessable"
 
 
 class AttemptOutcome(StrEnum):
@@ -65,6 +66,7 @@ TRANSITIONS: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
             (JobState.RUNNING, JobState.DEAD),
         }
     ),
+    "park_jobs": frozenset({(JobState.RUNNING, JobState.DEAD)}),
 }
 
 # No run is planned in these; `?wait=` answers.

@@ -10,8 +10,9 @@ from functools import partial
 import anyio
 import structlog
 
+from clarion.errors import Unstorable
 from clarion.events import Event
-from clarion.job import JobState
+from clarion.job import JobState, Reaped
 from clarion.loops import Signal, jittered, run_forever
 from clarion.settings import Settings
 from clarion.store import Store
@@ -47,7 +48,10 @@ class Maintenance:
 
     async def reap(self) -> float:
         """Takes jobs back whose leases ran out."""
-        reaped = await self._store.reap_jobs()
+        try:
+            reaped = await self._store.reap_jobs()
+        except Unstorable as error:
+            reaped = await self._reap_around(error)
         if reaped:
             self._ringer.mark(
                 Counter(job.queue for job in reaped if job.state == JobState.READY),
@@ -61,6 +65,21 @@ class Maintenance:
                 timed_out=sum(job.timed_out for job in reaped),
             )
         return 0 if len(reaped) >= self._settings.step_max_jobs else jittered(self._settings.reap_seconds)
+
+    async def _reap_around(self, error: Unstorable) -> list[Reaped]:
+        """Takes one row at a time, to find the one that cannot be handled, and parks it: the others must not wait."""
+        reaped: list[Reaped] = []
+        for _ in range(self._settings.step_max_jobs):
+            try:
+                one = await self._store.reap_jobs(limit=1)
+            except Unstorable:
+                parked = await self._store.park_jobs()
+                log.warning(Event.JOB_PARKED, jobs=[str(job_id) for job_id in parked], error=str(error))
+                break
+            if not one:
+                break
+            reaped += one
+        return reaped
 
     async def partition(self) -> float:
         """Makes the history's partitions ahead of time and drops those past retention."""

@@ -37,6 +37,7 @@ class Ground(msgspec.Struct, frozen=True):
     fsync: bool
     read_only: bool
     server_version: int
+    synchronous_commit: bool
     schema_version: int | None
     unlogged_tables: list[str]
     missing_unique_indexes: list[str]
@@ -131,12 +132,12 @@ class Store:
         rows = await self._fetch("next_due_seconds")
         return rows[0]["seconds"] if rows else None
 
-    async def reap_jobs(self) -> list[Reaped]:
-        """Takes jobs back whose leases ran out."""
+    async def reap_jobs(self, *, limit: int | None = None) -> list[Reaped]:
+        """Takes jobs back whose leases ran out, a page of them, or `limit`."""
         settings = self._settings
         rows = await self._fetch(
             "reap_jobs",
-            settings.step_max_jobs,
+            limit or settings.step_max_jobs,
             settings.max_crashes,
             settings.max_attempts,
             settings.backoff_seconds,
@@ -144,6 +145,10 @@ class Store:
             settings.lease_seconds,
         )
         return [Reaped(*row) for row in rows]
+
+    async def park_jobs(self) -> list[UUID]:
+        """Takes the first job that `reap_jobs` would take out of its way, for ever; its id."""
+        return [row["id"] for row in await self._fetch("park_jobs", self._settings.lease_seconds)]
 
     async def get_job(self, job_id: UUID) -> Job | None:
         """One job whole, live or in the history."""

@@ -12,7 +12,7 @@ create type clarion.attempt_outcome as enum ('failed', 'timeout', 'lease_lost', 
 
 -- Why a job is dead.
 create type clarion.dead_reason as enum (
-  'attempts_exhausted', 'not_retryable', 'undecodable_payload', 'result_unstorable', 'crash_loop'
+  'attempts_exhausted', 'not_retryable', 'undecodable_payload', 'result_unstorable', 'crash_loop', 'unprocessable'
 );
 
 -- Time-ordered ids (UUIDv7, RFC 9562 section 5.7), so that new rows share index pages and jobs of one statement keep
@@ -91,11 +91,16 @@ create table clarion.jobs (
   constraint jobs_times_are_sane check (
     run_at between '2000-01-01Z' and '2200-01-01Z' and sort_key between '1900-01-01Z' and '2200-01-01Z'
   ),
+  -- A duration that no interval can hold would stop every claim or reap that meets its row. NaN is above all numbers.
+  constraint jobs_durations_are_sane check (
+    timeout_seconds between 0 and 1e9 and backoff_seconds between 0 and 1e9 and backoff_cap_seconds between 0 and 1e9
+  ),
   constraint jobs_state_is_live check (state in ('scheduled', 'ready', 'running', 'dead')),
   constraint jobs_running_has_lease check (
     (state = 'running') = (lease_token is not null)
     and (state = 'running') = (lease_expires_at is not null)
     and (state = 'running') = (worker_id is not null)
+    and (state <> 'running' or started_at is not null)
   ),
   constraint jobs_dead_has_reason check ((state = 'dead') = (dead_reason is not null))
 )

@@ -16,7 +16,7 @@ set
   worker_id = $1::uuid,
   started_at = statement_timestamp(),
   lease_expires_at = clarion.lease_end($2::float8, statement_timestamp(), coalesce(j.timeout_seconds, p.timeout_seconds)),
-  attempt = j.attempt + 1,
+  attempt = least(j.attempt + 1, 32767),
   max_attempts = coalesce(j.max_attempts, p.max_attempts),
   timeout_seconds = coalesce(j.timeout_seconds, p.timeout_seconds),
   backoff_seconds = coalesce(j.backoff_seconds, p.backoff_seconds),

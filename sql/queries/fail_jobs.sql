@@ -43,7 +43,7 @@ ended as (
     died_at = case when h.reason is not null then clock_timestamp() end,
     run_at = case when h.reason is null then h.next_run_at else h.run_at end,
     sort_key = case when h.reason is null then h.next_run_at - (h.run_at - h.sort_key) else h.sort_key end,
-    errors = j.errors + 1,
+    errors = least(j.errors + 1, 32767),
     lease_token = null, lease_expires_at = null, worker_id = null
   from held as h
   where j.id = any(array[h.id])

@@ -6,6 +6,7 @@ select
   current_setting('fsync')::boolean as fsync,
   pg_is_in_recovery() as read_only,
   current_setting('server_version_num')::integer as server_version,
+  current_setting('synchronous_commit') <> 'off' as synchronous_commit,
   (select max(m.version) from clarion.schema_migrations as m) as schema_version,
   array(
     select c.relname::text

@@ -24,6 +24,7 @@ with expired as materialized (
       j.started_at > pg_postmaster_start_time()
       or pg_postmaster_start_time() + make_interval(secs => $6::float8) < clock_timestamp()
     )
+  order by j.id
   limit $1::integer
   for update skip locked
 ),
@@ -55,8 +56,8 @@ ended as (
       when d.reason is null and d.wait is not null then clock_timestamp() + d.wait - (d.run_at - d.sort_key)
       else d.sort_key
     end,
-    errors = j.errors + d.timed_out::integer,
-    crashes = j.crashes + (not d.timed_out)::integer,
+    errors = least(j.errors + d.timed_out::integer, 32767),
+    crashes = least(j.crashes + (not d.timed_out)::integer, 32767),
     lease_token = null, lease_expires_at = null, worker_id = null
   from decided as d
   where j.id = any(array[d.id])

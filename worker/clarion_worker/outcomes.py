@@ -24,28 +24,24 @@ class Discard(Exception):
 
 def failure(lease: Lease, error: BaseException, *, dead_reason: DeadReason | None = None) -> Failure:
     """The record of a handler's exception, bounded, and free of what Postgres cannot store."""
+    message, trace = _texts(error)
     return Failure(
         id=lease.id,
         token=lease.token,
         error_type=type(error).__name__,
-        error_message=storable(_text(error), _MESSAGE_MAX_CHARS),
-        error_trace=storable(_trace(error), _TRACE_MAX_CHARS),
+        error_message=storable(message, _MESSAGE_MAX_CHARS),
+        error_trace=storable(trace, _TRACE_MAX_CHARS),
         dead_reason=dead_reason,
     )
 
 
-def _text(error: BaseException) -> str:
+def _texts(error: BaseException) -> tuple[str, str]:
+    """The exception's message and trace, as far as it lets itself be printed."""
     try:
-        return str(error)
-    except Exception as flaw:  # noqa: BLE001  somebody's __str__ may raise anything
-        return f"{type(error).__name__}, whose text cannot be had: {type(flaw).__name__}"
-
-
-def _trace(error: BaseException) -> str:
-    try:
-        return "".join(traceback.format_exception(error))
-    except Exception:  # noqa: BLE001  the same, and __notes__, and __cause__
-        return "".join(traceback.format_tb(error.__traceback__))
+        return str(error), "".join(traceback.format_exception(error))
+    except Exception as flaw:  # noqa: BLE001  somebody's __str__, __notes__ or __cause__ may raise anything
+        text = f"{type(error).__name__}, whose text cannot be had: {type(flaw).__name__}"
+        return text, "".join(traceback.format_tb(error.__traceback__))
 
 
 def timed_out(lease: Lease) -> Failure:
