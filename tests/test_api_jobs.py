@@ -239,7 +239,7 @@ async def test_without_the_database_a_request_is_told_to_come_back(method: str, 
 async def test_a_stored_row_never_breaks_a_list(client: httpx2.AsyncClient, database: Database) -> None:
     await database.fetch(
         "insert into clarion.jobs (task, queue, args, run_at, timeout_seconds, state)"
-        " values (e'a\\n\\'\"<', '', '[\"\\u0000\\ud800\"]', '2199-12-31', 'infinity', 'scheduled')"
+        " values (e'a\\n\\'\"<', '', '[\"\\u0000\\ud800\"]', '2199-12-31', 1e9, 'scheduled')"
     )
     listed = await client.get("/v1/jobs")
     assert listed.status_code == 200
