@@ -50,6 +50,11 @@ async def until(event: anyio.Event) -> AsyncIterator[None]:
         group.cancel_scope.cancel()
 
 
+def leave_signals_to_the_main_thread() -> None:
+    """For our own threads: a signal that the kernel gives to one would not interrupt what blocks the main one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process under threads and handlers that do not end by themselves."""
     sys.stdout.flush()

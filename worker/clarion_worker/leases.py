@@ -25,6 +25,7 @@ from clarion.events import Event
 from clarion.job import Lease, Release, WorkerRecord
 from clarion.loops import Signal
 from clarion.settings import Settings
+from clarion.signals import leave_signals_to_the_main_thread
 from clarion.store import Store
 
 log = structlog.get_logger()
@@ -155,6 +156,7 @@ class Heartbeats:
                     await self._ended.wait()
 
     def _run_thread(self, main_loop: asyncio.AbstractEventLoop) -> None:
+        leave_signals_to_the_main_thread()
         try:
             anyio.run(self._beat_until_stopped, main_loop)
         finally:

@@ -114,8 +114,9 @@ def _import_failure(module_name: str, error: Exception) -> str:
 def _leave_with_parent() -> None:
     """Reads standard input to its end, which comes when the parent has gone, however; in a thread of its own, since
     a handler may block the event loop."""
-    from clarion.signals import leave
+    from clarion.signals import leave, leave_signals_to_the_main_thread
 
+    leave_signals_to_the_main_thread()
     while os.read(sys.stdin.fileno(), 1024):
         pass
     leave(1)
