@@ -9,7 +9,7 @@ import pytest
 import structlog
 from starlette.requests import ClientDisconnect
 
-from api_harness import app_with, services_over
+from api_harness import app_with
 from clarion.api.access import Permission
 from clarion.api.app import OPERATIONS
 from clarion.api.decoding import Form, Nothing
@@ -27,23 +27,8 @@ from clarion.errors import (
     problems,
 )
 from clarion.events import Event
-from clarion.settings import Settings
-from clarion.store import Store
 
-TOKEN = "a-tökén"  # noqa: S105  a test's
 JOB_ID = "0191e7a0-0000-7000-8000-000000000000"
-V1 = sorted({(operation.method, operation.path) for operation in OPERATIONS if operation.path.startswith("/v1")})
-OPEN = sorted({(operation.method, operation.path) for operation in OPERATIONS if not operation.path.startswith("/v1")})
-
-
-@pytest.fixture
-def guarded(store: Store, settings: Settings) -> Services:
-    return services_over(store, settings, api_token=TOKEN)
-
-
-def address(path: str) -> str:
-    """A path whose parameters are filled in."""
-    return path.replace("{id}", JOB_ID).replace("{slug}", "invalid")
 
 
 # -- The registry ------------------------------------------------------------------------------------------------

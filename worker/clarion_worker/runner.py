@@ -58,6 +58,8 @@ class Runner:
     async def run(self, held: Held) -> Outcome:
         """The outcome of one attempt; never raises for anything that a handler does."""
         lease = held.lease
+        if held.ending:
+            return _ended(held)
         if lease.id in self._stuck.values():
             return Snoozing(lease.id, lease.token, _STUCK_RETRY_SECONDS)
         # Not in a task group: one could not let go of a handler that is stuck.
