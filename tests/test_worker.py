@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from typing import Annotated, Any
 
 import anyio
@@ -90,7 +91,11 @@ class Panic(BaseException):
 
 class Unprintable(Exception):
     def __str__(self) -> str:
-        raise KeyError("no text")
+        raise SystemExit(7)
+
+
+class Nowhere(tzinfo):
+    """A time zone that knows nothing, as the base class does."""
 
 
 @dataclass
@@ -147,6 +152,12 @@ def wrapped(**values: object) -> Any:
     return anything(**values)
 
 
+@worker.task("slow-behind-a-decorator", max_attempts=1, timeout="50ms")
+@functools.wraps(slow.handler)
+def slow_behind_a_decorator() -> Any:
+    return slow()
+
+
 @worker.task("result")
 async def result(kind: str) -> object:
     return {
@@ -157,6 +168,7 @@ async def result(kind: str) -> object:
         "surrogate": "\ud800",
         "object": object(),
         "raw": {"a": msgspec.Raw(b"null")},
+        "clock": {"at": datetime(2026, 1, 1, tzinfo=Nowhere())},
         "large": "x" * 2_000_000,
         "null": {"nothing": None, "number": 1.5},
         "none": None,
@@ -261,6 +273,7 @@ async def test_an_attempt_is_ended_at_its_timeout(jobs: Client) -> None:
         ("cancels-its-task", "CancelledError"),
         ("swallows-a-cancel", "AttemptTimeout"),
         ("raises-when-ended", "AttemptTimeout"),
+        ("slow-behind-a-decorator", "AttemptTimeout"),
         ("exits", "SystemExit"),
         ("panics", "Panic"),
         ("unprintable", "Unprintable"),
@@ -272,7 +285,7 @@ async def test_a_handler_cannot_take_its_slot_or_the_worker_down(jobs: Client, t
     assert (await jobs.run(NewJob(task="anything"))).state == "succeeded"
 
 
-@pytest.mark.parametrize("kind", ["nan", "inside", "nul", "surrogate", "object", "large", "raw"])
+@pytest.mark.parametrize("kind", ["nan", "inside", "nul", "surrogate", "object", "large", "raw", "clock"])
 async def test_a_result_that_cannot_be_stored_is_dead_as_such(jobs: Client, kind: str) -> None:
     job = await jobs.run(NewJob(task="result", args=f'{{"kind": "{kind}"}}'))
     assert (job.state, job.dead_reason) == ("dead", "result_unstorable")

@@ -19,6 +19,7 @@ class Event(StrEnum):
 
     LEASE_LOST = "lease.lost"
     LEASE_FENCED = "lease.fenced"
+    CLAIM_RELEASED = "claim.released"
     LEASES_EXPIRED = "leases.expired"
     JOB_PARKED = "job.parked"
     OUTCOME_RETRIED = "outcome.retried"

@@ -25,6 +25,17 @@ async def check_ground(store: Store, settings: Settings) -> None:
         raise UnsafeGround("; ".join(faults))
 
 
+async def is_ground_safe(store: Store, settings: Settings) -> bool:
+    """The same; False when the database is away, so that nothing is known yet."""
+    try:
+        await check_ground(store, settings)
+    except Refused as error:
+        raise UnsafeGround(str(error)) from error
+    except Unavailable:
+        return False
+    return True
+
+
 async def wait_for_ground(store: Store, settings: Settings) -> None:
     """The same, but waits for a database that is away, saying so once."""
     failures = 0

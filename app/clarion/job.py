@@ -66,6 +66,7 @@ TRANSITIONS: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
             (JobState.RUNNING, JobState.DEAD),
         }
     ),
+    "release_unanswered_jobs": frozenset({(JobState.RUNNING, JobState.READY)}),
     "park_jobs": frozenset({(JobState.RUNNING, JobState.DEAD)}),
 }
 

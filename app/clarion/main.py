@@ -15,11 +15,10 @@ from clarion.db import open_database
 from clarion.enqueuer import Enqueuer
 from clarion.errors import UsageError
 from clarion.events import Event
-from clarion.ground import wait_for_ground
+from clarion.ground import is_ground_safe, wait_for_ground
 from clarion.loops import run_forever
 from clarion.maintenance import Maintenance
 from clarion.settings import Settings
-from clarion.signals import until
 from clarion.store import Store
 from clarion.waits import Waits
 from clarion.wake import Ringer
@@ -61,11 +60,13 @@ async def serve(
     """Answers HTTP on a bound socket until `stop` is set; `started` is called once requests are answered."""
     async with open_database(settings, name="api") as database:
         store = Store(database, settings)
-        async with until(stop):
-            await wait_for_ground(store, settings)
-        if not stop.is_set():
-            async with running_services(store, settings) as services:
-                await _Server(settings, services, started).serve_until(stop, listening)
+        away = not await is_ground_safe(store, settings)
+        async with running_services(store, settings) as services, anyio.create_task_group() as group:
+            if away:
+                # Meanwhile /livez says that this process lives, and everything else 503.
+                group.start_soon(wait_for_ground, store, settings)
+            await _Server(settings, services, started).serve_until(stop, listening)
+            group.cancel_scope.cancel()
 
 
 def bind(settings: Settings, host: str, port: int) -> socket.socket:

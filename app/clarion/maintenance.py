@@ -50,8 +50,8 @@ class Maintenance:
         """Takes jobs back whose leases ran out."""
         try:
             reaped = await self._store.reap_jobs()
-        except Unstorable as error:
-            reaped = await self._reap_around(error)
+        except Unstorable:
+            reaped = await self._reap_around()
         if reaped:
             self._ringer.mark(
                 Counter(job.queue for job in reaped if job.state == JobState.READY),
@@ -66,19 +66,15 @@ class Maintenance:
             )
         return 0 if len(reaped) >= self._settings.step_max_jobs else jittered(self._settings.reap_seconds)
 
-    async def _reap_around(self, error: Unstorable) -> list[Reaped]:
-        """Takes one row at a time, to find the one that cannot be handled, and parks it: the others must not wait."""
+    async def _reap_around(self) -> list[Reaped]:
+        """Takes one row at a time, and parks the one that cannot be handled: the others must not wait for it."""
         reaped: list[Reaped] = []
-        for _ in range(self._settings.step_max_jobs):
+        for job in await self._store.find_expired():
             try:
-                one = await self._store.reap_jobs(limit=1)
-            except Unstorable:
-                parked = await self._store.park_jobs()
-                log.warning(Event.JOB_PARKED, jobs=[str(job_id) for job_id in parked], error=str(error))
-                break
-            if not one:
-                break
-            reaped += one
+                reaped += await self._store.reap_jobs(only=[job.id])
+            except Unstorable as error:
+                if await self._store.park_jobs(job):
+                    log.warning(Event.JOB_PARKED, job_id=str(job.id), error=str(error))
         return reaped
 
     async def partition(self) -> float:

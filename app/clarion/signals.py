@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NoReturn
@@ -14,8 +15,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @asynccontextmanager
-async def stop_on_signals() -> AsyncIterator[anyio.Event]:
+async def stop_on_signals(*, within_seconds: float | None = None) -> AsyncIterator[anyio.Event]:
     """An event that SIGTERM or SIGINT sets; a second signal ends the process under whatever it does.
+
+    So does the first one after `within_seconds`, when a handler that blocks the loop keeps the stop from happening.
 
     Plain signal handlers, not the event loop's: a handler of a job that blocks the loop must not block these.
     """
@@ -27,6 +30,10 @@ async def stop_on_signals() -> AsyncIterator[anyio.Event]:
         if seen > 1:
             leave(1)
         loop.call_soon_threadsafe(stop.set)
+        if within_seconds is not None:
+            deadline = threading.Timer(within_seconds, leave, [1])
+            deadline.daemon = True
+            deadline.start()
 
     before = [signal.signal(number, receive) for number in _SIGNALS]
     try:

@@ -122,6 +122,11 @@ class Store:
         rows = await self._fetch("release_jobs", *_columns(releases, "id", "token"))
         return [row["released"] for row in rows], _count([row["queue"] for row in rows if row["queue"]])
 
+    async def release_unanswered_jobs(self, worker_id: UUID, known_tokens: Sequence[UUID]) -> dict[str, int]:
+        """Hands back jobs that the worker holds without knowing; how many became ready in each queue."""
+        rows = await self._fetch("release_unanswered_jobs", worker_id, list(known_tokens))
+        return _count([row["queue"] for row in rows])
+
     async def promote_jobs(self) -> dict[str, int]:
         """Makes due jobs ready; how many in each queue."""
         rows = await self._fetch("promote_jobs", self._settings.step_max_jobs)
@@ -132,23 +137,29 @@ class Store:
         rows = await self._fetch("next_due_seconds")
         return rows[0]["seconds"] if rows else None
 
-    async def reap_jobs(self, *, limit: int | None = None) -> list[Reaped]:
-        """Takes jobs back whose leases ran out, a page of them, or `limit`."""
+    async def reap_jobs(self, *, only: Sequence[UUID] | None = None) -> list[Reaped]:
+        """Takes jobs back whose leases ran out: a page of them, or `only` some."""
         settings = self._settings
         rows = await self._fetch(
             "reap_jobs",
-            limit or settings.step_max_jobs,
+            settings.step_max_jobs,
             settings.max_crashes,
             settings.max_attempts,
             settings.backoff_seconds,
             settings.backoff_cap_seconds,
             settings.lease_seconds,
+            None if only is None else list(only),
         )
         return [Reaped(*row) for row in rows]
 
-    async def park_jobs(self) -> list[UUID]:
-        """Takes the first job that `reap_jobs` would take out of its way, for ever; its id."""
-        return [row["id"] for row in await self._fetch("park_jobs", self._settings.lease_seconds)]
+    async def find_expired(self) -> list[Release]:
+        """The jobs that `reap_jobs` would take, by id and token."""
+        rows = await self._fetch("find_expired", self._settings.step_max_jobs, self._settings.lease_seconds)
+        return [Release(*row) for row in rows]
+
+    async def park_jobs(self, job: Release) -> bool:
+        """Takes a job that `reap_jobs` cannot handle out of its way, for ever; False if its token is gone."""
+        return bool(await self._fetch("park_jobs", job.id, job.token))
 
     async def get_job(self, job_id: UUID) -> Job | None:
         """One job whole, live or in the history."""

@@ -3,7 +3,7 @@
 -- Takes: running → ready, running → scheduled, running → dead.
 -- $1 the most rows to take, $2 crashes that make a job dead, $3 max_attempts, $4 backoff in seconds and $5 its cap
 -- for jobs that were given none, $6 grace in seconds after a start of Postgres, in which leases from before it stay:
--- their workers could not heartbeat while it was down, and may renew them first.
+-- their workers could not heartbeat while it was down, and may renew them first. $7 only these jobs (null: any).
 --
 -- The first lost lease is nearly always the machine's fault, not the job's: the job is ready again at once, in its
 -- old place. From the second on it backs off from 1 s, and at the crash budget it is dead as `crash_loop`. An
@@ -20,6 +20,7 @@ with expired as materialized (
   where
     j.state = 'running'
     and j.lease_expires_at < clock_timestamp()
+    and ($7::uuid[] is null or j.id = any($7::uuid[]))
     and (
       j.started_at > pg_postmaster_start_time()
       or pg_postmaster_start_time() + make_interval(secs => $6::float8) < clock_timestamp()

@@ -12,14 +12,20 @@ from uuid import UUID
 
 import anyio
 import msgspec
+import structlog
 
+from clarion.events import Event
 from clarion.job import Lease, Policy
 from clarion.loops import Signal, jittered
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import Ring
 
+log = structlog.get_logger()
+
 _LAST_CLAIM_SECONDS = 2.0
+# For how long after a claim without an answer the server may still come to run it.
+_UNANSWERED_SECONDS = 120.0
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +37,10 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claimer:
-    """Claims for one worker. `free_slots` says how many jobs may be taken; `start` is handed each lease."""
+    """Claims for one worker.
+
+    `free_slots` says how many jobs may be taken, `known_tokens` which leases are held; `start` is handed each new one.
+    """
 
     def __init__(
         self,
@@ -40,6 +49,7 @@ class Claimer:
         *,
         subscription: Subscription,
         free_slots: Callable[[], int],
+        known_tokens: Callable[[], list[UUID]],
         start: Callable[[Lease, float], None],
     ) -> None:
         self._store = store
@@ -47,6 +57,8 @@ class Claimer:
         self._subscription = subscription
         self._queues = set(subscription.queues)
         self._free_slots = free_slots
+        self._known_tokens = known_tokens
+        self._unanswered_until = 0.0
         self._start = start
         self._hungry: set[str] = set()
         self._turn = 0
@@ -77,6 +89,8 @@ class Claimer:
 
     async def step(self) -> float:
         """One claim for all free slots. Answers how long to sleep when nobody calls: the sweep."""
+        if time.monotonic() < self._unanswered_until:
+            await self._release_unanswered()
         free = self._free_slots()
         if free <= 0:
             return jittered(self._settings.sweep_seconds)
@@ -100,11 +114,19 @@ class Claimer:
             )
         except BaseException:
             self._hungry |= claim_max.keys()
+            self._unanswered_until = time.monotonic() + _UNANSWERED_SECONDS
             raise
         claimed = Counter(lease.queue for lease in leases)
         self._hungry |= {queue for queue, most in claim_max.items() if claimed[queue] >= most}
         for lease in sorted(leases, key=lambda lease: (lease.sort_key, lease.id)):
             self._start(lease, sent)
+
+    async def _release_unanswered(self) -> None:
+        """Hands back what a claim took whose answer was lost; no claim of this worker is under way meanwhile."""
+        ready = await self._store.release_unanswered_jobs(self._subscription.worker_id, self._known_tokens())
+        if ready:
+            self._hungry |= ready.keys()
+            log.warning(Event.CLAIM_RELEASED, jobs=sum(ready.values()))
 
     def _share(self, free: int) -> dict[str, int]:
         """The free slots, dealt out among the hungry queues; who gets the odd ones takes turns."""

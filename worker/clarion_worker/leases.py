@@ -40,6 +40,7 @@ _STOP_SECONDS = 1.0
 class EndReason(StrEnum):
     """Why an attempt was ended from outside."""
 
+    TIMED_OUT = "timed_out"
     LOST = "lost"
     FENCED = "fenced"
     DRAINED = "drained"
@@ -48,7 +49,7 @@ class EndReason(StrEnum):
 class Held:
     """A lease in this process, while its attempt runs and until its outcome is recorded. For the main loop only."""
 
-    __slots__ = ("changed", "end_reason", "ending", "finishing", "lease", "valid_until")
+    __slots__ = ("changed", "end_reason", "ending", "finishing", "in_thread", "lease", "valid_until")
 
     def __init__(self, lease: Lease, *, valid_until: float) -> None:
         self.lease = lease
@@ -56,6 +57,7 @@ class Held:
         self.changed = anyio.Event()  # the handler has ended, or is to end
         self.ending = False  # the handler is to end
         self.end_reason: EndReason | None = None
+        self.in_thread = False  # the handler sits in a thread, where no cancellation reaches it
         self.finishing = False  # the outcome is known, and being recorded
 
     def end(self, reason: EndReason) -> None:
@@ -66,7 +68,7 @@ class Held:
             self.changed.set()
 
     def is_ending(self) -> bool:
-        """Whether the handler was told to end, by `end` or by its timeout."""
+        """Whether the handler was told to end."""
         return self.ending
 
 

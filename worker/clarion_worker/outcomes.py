@@ -39,7 +39,7 @@ def _texts(error: BaseException) -> tuple[str, str]:
     """The exception's message and trace, as far as it lets itself be printed."""
     try:
         return str(error), "".join(traceback.format_exception(error))
-    except Exception as flaw:  # noqa: BLE001  somebody's __str__, __notes__ or __cause__ may raise anything
+    except BaseException as flaw:  # noqa: BLE001  somebody's __str__, __notes__ or __cause__ may raise anything
         text = f"{type(error).__name__}, whose text cannot be had: {type(flaw).__name__}"
         return text, "".join(traceback.format_tb(error.__traceback__))
 

@@ -16,8 +16,8 @@ def encode_result(result: Any, *, max_bytes: int) -> str | None:
         return None
     try:
         encoded = msgspec.json.encode(result)
-    except (TypeError, ValueError, RecursionError, OverflowError) as error:
-        raise ValueError(f"the result is not JSON: {error}") from error
+    except Exception as error:  # the result's own code may raise anything
+        raise ValueError(f"the result is not JSON: {type(error).__name__}: {error}") from error
     if len(encoded) > max_bytes:
         raise ValueError(f"the result has {len(encoded)} bytes, more than the {max_bytes} allowed")
     if _ESCAPED_NUL.search(encoded):
@@ -31,5 +31,5 @@ def encode_result(result: Any, *, max_bytes: int) -> str | None:
 def _check_finite(result: Any) -> None:
     try:
         json.dumps(msgspec.to_builtins(result), allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:
         raise ValueError("the result contains NaN or an infinite number, which JSON cannot express") from error

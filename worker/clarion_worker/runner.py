@@ -19,7 +19,7 @@ import anyio.to_thread
 import structlog
 
 from clarion.events import Event
-from clarion.job import Completion, DeadReason, Failure, Lease, Release, Snoozing
+from clarion.job import Completion, DeadReason, Failure, Release, Snoozing
 from clarion_worker.context import Context
 from clarion_worker.leases import EndReason, Held
 from clarion_worker.outcomes import Discard, Snooze, failure, timed_out
@@ -50,11 +50,6 @@ class Runner:
         """Handlers that were told to end and did not."""
         return len(self._stuck)
 
-    @property
-    def threads_busy(self) -> int:
-        """Handlers that sit in a thread at this moment."""
-        return self._threads.borrowed_tokens
-
     async def run(self, held: Held) -> Outcome:
         """The outcome of one attempt; never raises for anything that a handler does."""
         lease = held.lease
@@ -69,28 +64,16 @@ class Runner:
             with anyio.move_on_after(lease.timeout_seconds):
                 await held.changed.wait()
             if not task.done():
-                held.ending = True
-                await self._end(task, lease)
-        finally:
-            self._cancel(task, lease)  # nothing, unless this worker itself is cancelled
+                held.end(EndReason.TIMED_OUT)
+                await _end(task, held)
+        except BaseException:
+            task.cancel()  # this worker itself is cancelled
+            raise
         return self._outcome(held, task)
-
-    async def _end(self, task: asyncio.Task[Outcome], lease: Lease) -> None:
-        """Asks the handler to end, and gives it its grace."""
-        done = anyio.Event()
-        task.add_done_callback(lambda _: done.set())
-        self._cancel(task, lease)
-        with anyio.move_on_after(CANCEL_GRACE_SECONDS):
-            await done.wait()
-
-    def _cancel(self, task: asyncio.Task[Outcome], lease: Lease) -> None:
-        # A thread would go on unseen; its handler learns of the end from `ctx.cancelled`.
-        if self._tasks[lease.task].is_async:
-            task.cancel()
 
     def _outcome(self, held: Held, task: asyncio.Task[Outcome]) -> Outcome:
         if not task.done():
-            self._leave_behind(held.lease, task)
+            self._leave_behind(held, task)
             return _ended(held)
         if task.cancelled():
             cancelled = asyncio.CancelledError("the handler cancelled itself")
@@ -111,7 +94,7 @@ class Runner:
             bound = log.bind(job_id=str(lease.id), task=lease.task, attempt=lease.attempt)
             arguments["ctx"] = Context(lease, bound, held.is_ending)
         try:
-            result = await self._invoke(task, arguments)
+            result = await self._invoke(task, arguments, held)
         except Snooze as wish:
             return Snoozing(lease.id, lease.token, wish.delay_seconds)
         except Discard as decision:
@@ -125,15 +108,17 @@ class Runner:
         except ValueError as error:
             return failure(lease, error, dead_reason=DeadReason.RESULT_UNSTORABLE)
 
-    async def _invoke(self, task: Task[..., Any], arguments: dict[str, Any]) -> Any:
+    async def _invoke(self, task: Task[..., Any], arguments: dict[str, Any], held: Held) -> Any:
         if task.is_async:
             return await task.handler(**arguments)
+        held.in_thread = True
         result = await anyio.to_thread.run_sync(partial(task.handler, **arguments), limiter=self._threads)
+        held.in_thread = False
         return await result if inspect.isawaitable(result) else result
 
-    def _leave_behind(self, lease: Lease, task: asyncio.Task[Outcome]) -> None:
+    def _leave_behind(self, held: Held, task: asyncio.Task[Outcome]) -> None:
+        lease, in_thread = held.lease, held.in_thread
         log.warning(Event.ATTEMPT_STUCK, job_id=str(lease.id), task=lease.task, attempt=lease.attempt)
-        in_thread = not self._tasks[lease.task].is_async
         self._stuck[task] = lease.id
         self._threads.total_tokens += in_thread
 
@@ -144,10 +129,21 @@ class Runner:
         task.add_done_callback(ended)
 
 
+async def _end(task: asyncio.Task[Outcome], held: Held) -> None:
+    """Asks the handler to end, and gives it its grace."""
+    done = anyio.Event()
+    task.add_done_callback(lambda _: done.set())
+    # A thread would go on unseen; its handler learns of the end from `ctx.cancelled`.
+    if not held.in_thread:
+        task.cancel()
+    with anyio.move_on_after(CANCEL_GRACE_SECONDS):
+        await done.wait()
+
+
 def _ended(held: Held) -> Outcome:
     """The outcome of an attempt that was ended from outside."""
     lease = held.lease
-    if held.end_reason is None:
+    if held.end_reason is EndReason.TIMED_OUT:
         return timed_out(lease)
     if held.end_reason is EndReason.LOST:
         return None

@@ -51,6 +51,7 @@ class WorkerService:
             check_name(queue, "queue")
         self._leases = Leases(settings)
         self._stop = stop
+        self._exit_code = 0
         self._send, self._receive = anyio.create_memory_object_stream[Held](settings.concurrency)
         self._runner = Runner(
             worker.tasks, threads_max=settings.concurrency, result_max_bytes=settings.result_max_bytes
@@ -65,17 +66,12 @@ class WorkerService:
                     await wait_for_ground(store, self._settings)
                 if not self._stop.is_set():
                     await self._work(store)
-        return 1 if self._is_worn_out() else 0
+        return self._exit_code
 
     @property
     def stuck(self) -> int:
         """Handlers that will not end: only the end of the process ends them."""
         return self._runner.stuck
-
-    @property
-    def threads_busy(self) -> int:
-        """Handlers that sit in a thread at this moment, which the interpreter would wait for."""
-        return self._runner.threads_busy
 
     async def _work(self, store: Store) -> None:
         ringer = Ringer(store, self._settings)
@@ -111,7 +107,8 @@ class WorkerService:
                 queues=self._queues,
                 policies={name: task.policy for name, task in self._worker.tasks.items()},
             ),
-            free_slots=lambda: self._settings.concurrency - len(self._leases),
+            free_slots=self._free_slots,
+            known_tokens=lambda: [held.lease.token for held in self._leases.all()],
             start=self._start,
         )
 
@@ -133,14 +130,18 @@ class WorkerService:
             held.finishing = True
             state = None if outcome is None else await finisher.finish(outcome)
             self._leases.remove(held)
+            self._stop_if_worn_out()
             claimer.slot_freed()
             _log_attempt(held.lease, outcome, state, run_seconds=time.monotonic() - started)
-            if self._is_worn_out():
-                self._stop.set()
 
-    def _is_worn_out(self) -> bool:
-        """Whether so many handlers are stuck that the process had better be replaced."""
-        return self.stuck >= self._settings.concurrency
+    def _stop_if_worn_out(self) -> None:
+        """With as many handlers stuck as there are slots, the process had better be replaced."""
+        if self.stuck >= self._settings.concurrency and not self._stop.is_set():
+            self._exit_code = 1
+            self._stop.set()
+
+    def _free_slots(self) -> int:
+        return 0 if self._stop.is_set() else self._settings.concurrency - len(self._leases)
 
     async def _drain(self) -> None:
         log.info(Event.WORKER_DRAIN_STARTED, worker_id=str(self.id), running=len(self._leases))
@@ -152,7 +153,7 @@ class WorkerService:
             # Their outcomes are known, and the database does not answer: it takes them back when the leases run out.
             jobs = [{"job_id": str(held.lease.id), "task": held.lease.task} for held in silent]
             log.warning(Event.OUTCOME_ABANDONED, worker_id=str(self.id), jobs=jobs)
-            leave(0)
+            leave(self._exit_code)
 
     async def _wait_until_idle(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):

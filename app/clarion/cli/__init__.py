@@ -54,8 +54,6 @@ def main(arguments: list[str] | None = None) -> Any:
         if _only_clarion_error(error) is None:
             raise
         sys.exit(report(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def report(error: BaseException) -> int:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from clarion_worker.service import WorkerService
 
 
+# What a drain takes at most beyond its own time: a last claim, the handlers' grace, their outcomes, a goodbye.
+_STOP_MARGIN_SECONDS = 10.0
+
+
 @click.command("worker")
 @click.argument("target", metavar="[MODULE:NAME]", required=False)
 @click.option("--queues", default="", help="Queues to work on, comma-separated; default: those that the tasks name.")
@@ -38,22 +42,20 @@ def command(*, target: str | None, queues: str, with_demo: bool, until_stdin_clo
         threading.Thread(target=_leave_with_parent, name="clarion-parent", daemon=True).start()
 
     async def run() -> int:
-        async with stop_on_signals() as stop:
+        async with stop_on_signals(within_seconds=settings.drain_timeout_seconds + _STOP_MARGIN_SECONDS) as stop:
             return await _run_to_the_end(WorkerService(worker, settings, queues=names, stop=stop))
 
     sys.exit(anyio.run(run, backend_options={"use_uvloop": True}))
 
 
 async def _run_to_the_end(service: "WorkerService") -> int:
-    """Runs the service; where a handler's task or thread would outlive it, ends the process here and now."""
+    """Runs the service; ends the process here and now where a handler's task or thread would hold it."""
     from clarion.signals import leave
 
     try:
         code = await service.run()
-    except BaseException as error:
-        if service.stuck or service.threads_busy:
-            leave(report(error))
-        raise
+    except BaseException as error:  # noqa: BLE001  a bug ends the process; whatever still runs, its leases run out
+        leave(report(error))
     if service.stuck:
         leave(code)
     return code
