@@ -95,7 +95,16 @@ class Unprintable(Exception):
 
 
 class Nowhere(tzinfo):
-    """A time zone that knows nothing, as the base class does."""
+    """A time zone that knows nothing."""
+
+    def utcoffset(self, _moment: datetime | None) -> None:
+        raise KeyError("nowhere")
+
+    def dst(self, _moment: datetime | None) -> None:
+        raise KeyError("nowhere")
+
+    def tzname(self, _moment: datetime | None) -> None:
+        raise KeyError("nowhere")
 
 
 @dataclass
