@@ -164,3 +164,12 @@ async def test_the_enums_of_postgres_are_those_of_python(connection: asyncpg.Con
         where t.typnamespace = 'clarion'::regnamespace group by t.typname
     """)
     assert {row["name"]: row["labels"] for row in rows} == {name: list(enum) for name, enum in ENUMS.items()}
+
+
+def test_the_reaper_and_its_search_mean_the_same_jobs() -> None:
+    def condition(name: str, grace: str) -> list[str]:
+        after = statement(name).split("where\n", 1)[1].split("order by j.id", 1)[0].replace(grace, "$grace")
+        lines = [" ".join(line.split()) for line in after.splitlines()]
+        return [line for line in lines if line and "$7" not in line]
+
+    assert condition("reap_jobs", "$6") == condition("find_expired", "$2")
