@@ -23,7 +23,8 @@ from rich.table import Table
 
 from clarion.db import connect
 from clarion.embedded import running_postgres
-from clarion.job import Completion, NewJob, Policy
+from clarion.execution import Completion, Policy
+from clarion.job import NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import CHANNEL, Ring, encode_ring

@@ -15,10 +15,25 @@ from starlette.applications import Starlette
 from clarion.api.app import create_app
 from clarion.api.operation import Operation, routes
 from clarion.api.services import Adder, Services
-from clarion.job import Completion, Enqueued, Lease, NewJob, Policy
+from clarion.endings import Endings
+from clarion.execution import (
+    Beat,
+    Completed,
+    Completion,
+    Ended,
+    Failure,
+    Heartbeat,
+    Lease,
+    LogLine,
+    Policy,
+    Release,
+    Snoozing,
+)
+from clarion.job import Enqueued, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.waits import Waits
+from clarion.wake import Ringer
 
 
 class PlainEnqueuer:
@@ -34,12 +49,41 @@ class PlainEnqueuer:
         return (await self.enqueue([job]))[0]
 
 
+class PlainEndings(Endings):
+    """Ends attempts without coalescing."""
+
+    def __init__(self, store: Store, ringer: Ringer) -> None:
+        super().__init__(store, ringer, buffer_max=1)
+        self._plain = store
+
+    async def complete(self, completion: Completion) -> Completed:
+        return (await self._plain.complete_jobs([completion]))[0]
+
+    async def end(self, ending: Failure | Snoozing | Release) -> Ended:
+        match ending:
+            case Failure():
+                return (await self._plain.fail_jobs([ending]))[0]
+            case Snoozing():
+                return (await self._plain.snooze_jobs([ending]))[0]
+            case Release():
+                return (await self._plain.release_jobs([ending]))[0][0]
+
+    async def beat(self, beat: Beat) -> Heartbeat | None:
+        return next(iter(await self._plain.heartbeat_jobs([beat])), None)
+
+    async def log(self, lines: Sequence[LogLine]) -> Sequence[bool | None]:
+        return await self._plain.record_logs(lines)
+
+
 def services_over(store: Store, settings: Settings, *, enqueuer: Adder | None = None, **changes: Any) -> Services:
     """Services of a process with these settings; `changes` are to single settings."""
     settings = msgspec.structs.replace(settings, **changes)
+    ringer = Ringer(store, settings)
     return Services(
         store=store,
         enqueuer=enqueuer or PlainEnqueuer(store),
+        endings=PlainEndings(store, ringer),
+        ringer=ringer,
         waits=Waits(store, settings),
         settings=settings,
         draining=anyio.Event(),

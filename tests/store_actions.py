@@ -12,7 +12,8 @@ import asyncpg
 import msgspec
 
 from clarion.db import Database, Executor, connect_options, translated_errors
-from clarion.job import Completion, Enqueued, Failure, Lease, NewJob, Policy, Release, Snoozing
+from clarion.execution import Completion, Failure, Lease, Policy, Release, Snoozing
+from clarion.job import Enqueued, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 

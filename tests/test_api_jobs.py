@@ -10,7 +10,8 @@ import pytest
 
 from api_harness import claim, client_of, finish, services_over
 from clarion.db import Database, open_database
-from clarion.job import DeadReason, Failure
+from clarion.execution import Failure
+from clarion.job import DeadReason
 from clarion.settings import Settings
 from clarion.store import Store
 

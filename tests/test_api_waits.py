@@ -17,7 +17,8 @@ from api_harness import claim, client_of, finish, listening, services_over
 from clarion.api.services import Services
 from clarion.db import Database, open_database
 from clarion.errors import Overloaded, Unavailable
-from clarion.job import DeadReason, Failure, NewJob
+from clarion.execution import Failure
+from clarion.job import DeadReason, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.waits import Waits

@@ -7,7 +7,8 @@ import pytest
 
 from clarion.db import Database
 from clarion.errors import Unavailable
-from clarion.job import Lease, NewJob, Policy
+from clarion.execution import Lease, Policy
+from clarion.job import NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion_worker.claimer import Claimer, Subscription

@@ -19,13 +19,15 @@ import asyncpg
 import msgspec
 import pytest
 
-from clarion import migrate, store, wake
+from clarion import migrate, wake
 from clarion.db import connect_options
-from clarion.job import AttemptOutcome, DeadReason, JobState, WorkerRecord
+from clarion.execution import AttemptOutcome, WorkerRecord
+from clarion.job import DeadReason, JobState
 from clarion.settings import Settings
 from clarion.statements import sql_directory, statement
+from clarion.store import commands, execution, reading, upkeep
 
-CALLERS = (store, migrate, wake)
+CALLERS = (commands, execution, reading, upkeep, migrate, wake)
 QUERIES = sorted(path.stem for path in (sql_directory() / "queries").glob("*.sql"))
 # What asyncpg makes of a column.
 DECODED: dict[str, Any] = {

@@ -6,7 +6,8 @@ import anyio
 import pytest
 
 from clarion.db import Database, DedicatedDatabase
-from clarion.job import Lease, NewJob, Policy
+from clarion.execution import Lease, Policy
+from clarion.job import NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from store_actions import TASK, Jobs

@@ -9,7 +9,8 @@ import pytest
 
 from clarion.db import Database
 from clarion.errors import Unstorable
-from clarion.job import AttemptOutcome, Completion, DeadReason, Lease, Release
+from clarion.execution import AttemptOutcome, Completion, Lease, Release
+from clarion.job import DeadReason
 from clarion.settings import Settings
 from store_actions import ENDINGS, VERBS, Jobs, attempt_all, failure, with_token
 

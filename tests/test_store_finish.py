@@ -7,7 +7,8 @@ import pytest
 
 from clarion.db import Database
 from clarion.errors import Unstorable
-from clarion.job import AttemptOutcome, Completion, DeadReason, Lease, Policy, Release, Snoozing
+from clarion.execution import AttemptOutcome, Completion, Lease, Policy, Release, Snoozing
+from clarion.job import DeadReason
 from clarion.settings import Settings
 from store_actions import Jobs, failure
 

@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from clarion.db import Database
-from clarion.job import Heartbeat, Release
+from clarion.execution import Heartbeat, Release
 from clarion.settings import Settings
 from store_actions import Jobs
 

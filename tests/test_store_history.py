@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from clarion.db import Locked, open_database
-from clarion.job import WorkerRecord
+from clarion.execution import WorkerRecord
 from clarion.settings import Settings
 from clarion.store import Store
 from conftest import settings_for

@@ -6,7 +6,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from clarion.db import Database
-from clarion.job import FINAL, Completion, DeadReason, Job, JobFilter, JobState, JobSummary, NewJob
+from clarion.execution import Completion
+from clarion.job import FINAL, DeadReason, Job, JobFilter, JobState, JobSummary, NewJob
 from clarion.settings import Settings
 from store_actions import TASK, Jobs, failure
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from clarion.db import Database
-from clarion.job import Lease
+from clarion.execution import Lease
 from clarion.settings import Settings
 from clarion.store import Store
 from store_actions import Jobs, attempt_all

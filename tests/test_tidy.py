@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from clarion.events import Event
-from clarion.job import TRANSITIONS, AttemptOutcome, DeadReason, JobState
+from clarion.execution import AttemptOutcome
+from clarion.job import TRANSITIONS, DeadReason, JobState
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES_MAX = 350
@@ -115,7 +116,8 @@ def test_every_statement_that_is_called_has_a_file() -> None:
 
 
 def test_a_store_method_has_the_name_of_its_query() -> None:
-    methods = [node for node in nodes("app/clarion/store.py") if isinstance(node, ast.AsyncFunctionDef)]
+    store = files("app/clarion/store/*.py")
+    methods = [node for path in store for node in nodes(path) if isinstance(node, ast.AsyncFunctionDef)]
     assert methods
     assert not {
         (method.name, text)

@@ -44,6 +44,10 @@ class ClarionError(Exception):
         super().__init__(detail)
         self.errors = tuple(errors)
 
+    def members(self) -> dict[str, object]:
+        """What the problem document says besides (RFC 9457, section 3.2)."""
+        return {}
+
 
 class Unavailable(ClarionError):
     """Weather: the database cannot be reached or cannot answer in time. Nothing was acknowledged."""
@@ -137,6 +141,85 @@ class Unstorable(ClarionError):
     """Postgres refuses a value (a NUL, a number out of range, too large); its neighbours are unharmed."""
 
     problem = Problem("unstorable", 422, "Value cannot be stored", False, "Postgres refuses the value as it is.")
+
+
+class LeaseLost(ClarionError):
+    """The token holds no job any more: it expired and was taken back, or was ended otherwise. Nothing was changed."""
+
+    problem = Problem(
+        "lease-lost", 409, "Lease lost", False,
+        "The lease token is not the job's present one: drop the outcome. `state` is the job's present state.",
+    )  # fmt: skip
+
+    def __init__(self, detail: str = "this lease token does not hold the job any more", *, state: str | None = None):
+        super().__init__(detail)
+        self.state = state
+
+    def members(self) -> dict[str, object]:
+        """The job's present state; null when it does not exist."""
+        return {"state": self.state}
+
+
+class IllegalTransition(ClarionError):
+    """The job is in a state from which this cannot be done; the text names both states."""
+
+    problem = Problem(
+        "illegal-transition", 409, "Illegal transition", False,
+        "The job's present state, `state`, does not allow this; nothing was changed.",
+    )  # fmt: skip
+
+    def __init__(self, detail: str, *, state: str) -> None:
+        super().__init__(detail)
+        self.state = state
+
+    def members(self) -> dict[str, object]:
+        """The job's present state."""
+        return {"state": self.state}
+
+
+class IdempotencyMismatch(ClarionError):
+    """The key was used for another request; `errors` names what differs."""
+
+    problem = Problem(
+        "idempotency-mismatch", 422, "Idempotency key used for another request", False,
+        "The same key came with a different request before. Repeat that request exactly, or use a new key.",
+    )  # fmt: skip
+
+
+class IdempotencyInFlight(Unavailable):
+    """Another request with this key is being committed, and takes long."""
+
+    problem = Problem(
+        "idempotency-in-flight", 409, "Request with this idempotency key in progress", True,
+        "Another request with this key has not been answered yet; wait for Retry-After and repeat this one.",
+    )  # fmt: skip
+
+
+class PreconditionFailed(ClarionError):
+    """The job has changed since the caller read it."""
+
+    problem = Problem(
+        "precondition-failed", 412, "Precondition failed", False,
+        "The job is not the version that If-Match names: read it again and decide anew.",
+    )  # fmt: skip
+
+
+class PreconditionRequired(ClarionError):
+    """This change needs to know which version it is meant for."""
+
+    problem = Problem(
+        "precondition-required", 428, "Precondition required", False,
+        "Send `If-Match` with the ETag of the job that you read.",
+    )  # fmt: skip
+
+
+class ResultUnstorable(ClarionError):
+    """The result cannot be kept (a NUL, half a surrogate pair, too deep, too large); the job is dead for it."""
+
+    problem = Problem(
+        "result-unstorable", 422, "Result cannot be stored", False,
+        "The job is dead with the reason `result_unstorable`: running it again would give the same result.",
+    )  # fmt: skip
 
 
 class UnsafeGround(ClarionError):

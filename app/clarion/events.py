@@ -21,6 +21,7 @@ class Event(StrEnum):
     LEASE_FENCED = "lease.fenced"
     CLAIM_RELEASED = "claim.released"
     LEASES_EXPIRED = "leases.expired"
+    JOBS_EXPIRED = "jobs.expired"
     JOB_PARKED = "job.parked"
     OUTCOME_RETRIED = "outcome.retried"
     OUTCOME_ABANDONED = "outcome.abandoned"
@@ -32,7 +33,7 @@ class Event(StrEnum):
 
     PARTITIONS_CREATED = "partitions.created"
     PARTITIONS_DROPPED = "partitions.dropped"
-    ATTEMPTS_PRUNED = "attempts.pruned"
+    LEDGERS_PRUNED = "ledgers.pruned"
     WORKERS_PRUNED = "workers.pruned"
 
     MIGRATION_APPLIED = "migration.applied"

@@ -1,10 +1,16 @@
 """What a job is: its states, the edges between them, and the frozen records that travel. No I/O.
 
     scheduled ──promote──▶ ready ──claim──▶ running ──complete──▶ succeeded
-        ▲                    ▲                │
-        │                    ├──release, reap─┤
-        ├──fail, snooze, reap─────────────────┤
-        │                                     └──fail, reap, park──▶ dead
+     ▲    ▲                  ▲                │
+     │    │                  ├──release, reap─┤
+     │    ├──fail, snooze, reap───────────────┤
+     │    │                  │                ├──fail, snooze, reap, park──▶ dead
+     │  retry              retry              └──fail, snooze, release, reap──▶ cancelled (when it was requested)
+     │    │                  │
+     └── dead, cancelled ────┘
+
+Besides, `cancel` takes what waits or is dead to cancelled, `expire` what waits too long to dead, and `change` moves what
+waits between scheduled and ready.
 
 `TRANSITIONS` is the one table of edges. Tests prove that the statements in `sql/queries` take exactly these, and
 that the diagram in ARCHITECTURE.md shows them.
@@ -38,16 +44,20 @@ class DeadReason(StrEnum):
     RESULT_UNSTORABLE = "result_unstorable"
     CRASH_LOOP = "crash_loop"
     UNPROCESSABLE = "unprocessable"
+    EXPIRED = "expired"
+    TOTAL_TIMEOUT = "total_timeout"
+    SNOOZES_EXHAUSTED = "snoozes_exhausted"
 
 
-class AttemptOutcome(StrEnum):
-    """How an attempt that did not succeed ended."""
+class JobEvent(StrEnum):
+    """What happens to a job besides its attempts."""
 
-    FAILED = "failed"
-    TIMEOUT = "timeout"
-    LEASE_LOST = "lease_lost"
-    SNOOZED = "snoozed"
-    RELEASED = "released"
+    CANCEL_REQUESTED = "cancel_requested"
+    CANCELLED = "cancelled"
+    RETRIED = "retried"
+    CHANGED = "changed"
+    EXPIRED = "expired"
+    PARKED = "parked"
 
 
 # Each verb, named as its statement, with the edges it takes; None stands for "no job yet".
@@ -56,18 +66,57 @@ TRANSITIONS: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
     "promote_jobs": frozenset({(JobState.SCHEDULED, JobState.READY)}),
     "claim_jobs": frozenset({(JobState.READY, JobState.RUNNING)}),
     "complete_jobs": frozenset({(JobState.RUNNING, JobState.SUCCEEDED)}),
-    "fail_jobs": frozenset({(JobState.RUNNING, JobState.SCHEDULED), (JobState.RUNNING, JobState.DEAD)}),
-    "snooze_jobs": frozenset({(JobState.RUNNING, JobState.SCHEDULED)}),
-    "release_jobs": frozenset({(JobState.RUNNING, JobState.READY)}),
+    "fail_jobs": frozenset(
+        {
+            (JobState.RUNNING, JobState.SCHEDULED),
+            (JobState.RUNNING, JobState.DEAD),
+            (JobState.RUNNING, JobState.CANCELLED),
+        }
+    ),
+    "snooze_jobs": frozenset(
+        {
+            (JobState.RUNNING, JobState.SCHEDULED),
+            (JobState.RUNNING, JobState.DEAD),
+            (JobState.RUNNING, JobState.CANCELLED),
+        }
+    ),
+    "release_jobs": frozenset({(JobState.RUNNING, JobState.READY), (JobState.RUNNING, JobState.CANCELLED)}),
     "reap_jobs": frozenset(
         {
             (JobState.RUNNING, JobState.READY),
             (JobState.RUNNING, JobState.SCHEDULED),
             (JobState.RUNNING, JobState.DEAD),
+            (JobState.RUNNING, JobState.CANCELLED),
         }
     ),
     "release_unanswered_jobs": frozenset({(JobState.RUNNING, JobState.READY)}),
     "park_jobs": frozenset({(JobState.RUNNING, JobState.DEAD)}),
+    "expire_jobs": frozenset({(JobState.SCHEDULED, JobState.DEAD), (JobState.READY, JobState.DEAD)}),
+    "cancel_jobs": frozenset(
+        {
+            (JobState.SCHEDULED, JobState.CANCELLED),
+            (JobState.READY, JobState.CANCELLED),
+            (JobState.DEAD, JobState.CANCELLED),
+        }
+    ),
+    "retry_jobs": frozenset(
+        {
+            (JobState.DEAD, JobState.READY),
+            (JobState.DEAD, JobState.SCHEDULED),
+            (JobState.CANCELLED, JobState.READY),
+            (JobState.CANCELLED, JobState.SCHEDULED),
+            (JobState.SCHEDULED, JobState.READY),
+            (JobState.SCHEDULED, JobState.SCHEDULED),
+        }
+    ),
+    "change_job": frozenset(
+        {
+            (JobState.SCHEDULED, JobState.READY),
+            (JobState.SCHEDULED, JobState.SCHEDULED),
+            (JobState.READY, JobState.SCHEDULED),
+            (JobState.READY, JobState.READY),
+        }
+    ),
 }
 
 # No run is planned in these; `?wait=` answers.
@@ -75,7 +124,11 @@ FINAL = frozenset({JobState.SUCCEEDED, JobState.CANCELLED, JobState.DEAD})
 
 
 class NewJob(msgspec.Struct, frozen=True, kw_only=True):
-    """A job to be; `args` is JSON text, kept to the letter. None leaves a choice to the task, then to the settings."""
+    """A job to be; `args` is JSON text, kept to the letter. None leaves a choice to the task, then to the settings.
+
+    `start_within_seconds` and the total timeout count from the moment at which the job is due. `key` makes the enqueue
+    repeatable; another call with this key is compared with `request`: a digest of each field, as JSON text.
+    """
 
     task: str
     args: str = "{}"
@@ -87,99 +140,45 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     timeout_seconds: float | None = None
     backoff_seconds: float | None = None
     backoff_cap_seconds: float | None = None
+    start_by: datetime | None = None
+    start_within_seconds: float | None = None
+    total_timeout_seconds: float | None = None
+    enqueued_by: str | None = None
+    key: str | None = None
+    request: str | None = None
 
 
 class Enqueued(msgspec.Struct, frozen=True):
-    """The answer to an enqueue that is committed."""
+    """The answer to an enqueue that is committed; a replay has the `request` of the first call with its key."""
 
     id: UUID
     state: str
     created_at: datetime
     run_at: datetime
+    request: str | None
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task decides for jobs that do not say: given with each claim, stamped on the row by the first."""
-
-    max_attempts: int | None = None
-    timeout_seconds: float | None = None
-    backoff_seconds: float | None = None
-    backoff_cap_seconds: float | None = None
-
-
-class Lease(msgspec.Struct, frozen=True):
-    """A claimed job: the right to run one attempt of it, for as long as the token holds."""
-
-    id: UUID
-    token: UUID
-    queue: str
-    task: str
-    args: str
-    priority: int
-    attempt: int
-    max_attempts: int | None
-    errors: int
-    crashes: int
-    timeout_seconds: float | None
-    created_at: datetime
-    run_at: datetime
-    started_at: datetime
-    sort_key: datetime
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """An attempt that succeeded; `result` is JSON text, or None."""
-
-    id: UUID
-    token: UUID
-    result: str | None = None
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """An attempt that went wrong. `dead_reason` ends the job at once; otherwise its tries and its backoff decide."""
-
-    id: UUID
-    token: UUID
-    outcome: AttemptOutcome = AttemptOutcome.FAILED
-    error_type: str
-    error_message: str
-    error_trace: str | None = None
-    retry_in_seconds: float | None = None
-    dead_reason: DeadReason | None = None
-
-
-class Snoozing(msgspec.Struct, frozen=True):
-    """An attempt that postpones its job."""
-
-    id: UUID
-    token: UUID
-    delay_seconds: float
-
-
-class Release(msgspec.Struct, frozen=True):
-    """An attempt handed back unfinished."""
-
-    id: UUID
-    token: UUID
-
-
-class Heartbeat(msgspec.Struct, frozen=True):
-    """A lease that is still held; `extended` is false when its row was locked at that moment."""
-
-    id: UUID
-    extended: bool
-
-
-class Reaped(msgspec.Struct, frozen=True):
-    """A job taken back from a worker that stopped extending its lease."""
+class Expired(msgspec.Struct, frozen=True):
+    """A job that waited past a deadline."""
 
     id: UUID
     queue: str
     task: str
-    state: str
-    attempt: int
-    worker_id: UUID
-    timed_out: bool
+    reason: str
+
+
+class Cancelling(msgspec.Struct, frozen=True):
+    """What a cancel met; None for a job that is finished or unknown. `requested`: a worker is to be told."""
+
+    state: str | None
+    requested: bool
+
+
+class Requeued(msgspec.Struct, frozen=True):
+    """What a retry or a change made of a job, None where it cannot; `queue` where it waits, unless it did before."""
+
+    state: str | None
+    queue: str | None
 
 
 class JobSummary(msgspec.Struct, frozen=True):
@@ -195,22 +194,46 @@ class JobSummary(msgspec.Struct, frozen=True):
     errors: int
     crashes: int
     snoozes: int
+    generation: int
     created_at: datetime
     run_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     timeout_seconds: float | None
+    start_by: datetime | None
+    finish_by: datetime | None
+    total_timeout_seconds: float | None
+    cancel_requested_at: datetime | None
     worker_id: UUID | None
     dead_reason: str | None
+    error_type: str | None
 
 
 class Job(JobSummary, frozen=True):
-    """A job whole; `args` and `result` are JSON text, the error is the latest attempt's."""
+    """A job whole; what is JSON is JSON text. The error is that of the latest attempt that went wrong.
+
+    `version` changes with every write; `log_lines` counts what handlers said, kept or not.
+    """
 
     args: str
     result: str | None
-    error_type: str | None
+    progress: str | None
+    checkpoint: str | None
+    log_lines: int
+    enqueued_by: str | None
+    version: str
     error_message: str | None
+
+
+class Happening(msgspec.Struct, frozen=True):
+    """What happened to a job besides its attempts; `state` is what it was then."""
+
+    at: datetime
+    event: str
+    actor: str
+    state: str
+    generation: int
+    detail: str | None
 
 
 class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,14 +247,42 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     before_id: UUID | None = None
 
 
-class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker process as people see it."""
+class DeadFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which dead jobs a list holds; None means any. `after` is the cursor: when the last one died, and its id."""
 
-    id: UUID
-    name: str
-    version: str
-    queues: list[str]
-    tasks: list[str]
-    concurrency: int
-    running: int
-    state: str
+    queue: str | None = None
+    task: str | None = None
+    error_type: str | None = None
+    dead_reason: DeadReason | None = None
+    died_after: datetime | None = None
+    died_before: datetime | None = None
+    after: tuple[datetime, UUID] | None = None
+
+
+class DeadGroup(msgspec.Struct, frozen=True):
+    """Dead jobs of one task that died of the same."""
+
+    task: str
+    error_type: str | None
+    dead_reason: str
+    jobs: int
+    first_died_at: datetime
+    last_died_at: datetime
+    latest_id: UUID
+
+
+class JobChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What to change of a job that waits: the columns that `names` lists, to the values of the same names."""
+
+    names: frozenset[str]
+    queue: str | None = None
+    priority: int | None = None
+    run_at: datetime | None = None
+    max_attempts: int | None = None
+    timeout_seconds: float | None = None
+    backoff_seconds: float | None = None
+    backoff_cap_seconds: float | None = None
+    total_timeout_seconds: float | None = None
+    start_by: datetime | None = None
+    args: str | None = None
+    delay_seconds: float | None = None

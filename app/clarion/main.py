@@ -12,6 +12,7 @@ import uvicorn
 from clarion.api.app import create_app
 from clarion.api.services import Services
 from clarion.db import open_database
+from clarion.endings import Endings
 from clarion.enqueuer import Enqueuer
 from clarion.errors import UsageError
 from clarion.events import Event
@@ -34,12 +35,22 @@ async def running_services(store: Store, settings: Settings) -> AsyncIterator[Se
     """What the routes need, with its background tasks running. A bug in one ends the block, and so the process."""
     ringer = Ringer(store, settings)
     enqueuer = Enqueuer(store, ringer, settings)
+    endings = Endings(store, ringer, buffer_max=settings.enqueue_buffer_max_jobs)
     waits = Waits(store, settings)
     async with anyio.create_task_group() as group:
         group.start_soon(enqueuer.run)
         group.start_soon(waits.run)
         group.start_soon(partial(run_forever, ringer.step, name="ring"))
-        yield Services(store=store, enqueuer=enqueuer, waits=waits, settings=settings, draining=anyio.Event())
+        endings.start(group)
+        yield Services(
+            store=store,
+            enqueuer=enqueuer,
+            endings=endings,
+            ringer=ringer,
+            waits=waits,
+            settings=settings,
+            draining=anyio.Event(),
+        )
         group.cancel_scope.cancel()
 
 

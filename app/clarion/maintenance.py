@@ -1,4 +1,4 @@
-"""What keeps jobs moving when nobody asks: promote, reap, partition, prune.
+"""What keeps jobs moving when nobody asks: promote, reap, expire, partition, prune.
 
 There is no leader. Each step is one idempotent statement that skips what another process has locked, so any number of
 processes may run them at once: it costs a little, and nothing waits for an election.
@@ -12,7 +12,8 @@ import structlog
 
 from clarion.errors import Unstorable
 from clarion.events import Event
-from clarion.job import JobState, Reaped
+from clarion.execution import Reaped
+from clarion.job import JobState
 from clarion.loops import Signal, jittered, run_forever
 from clarion.settings import Settings
 from clarion.store import Store
@@ -66,6 +67,13 @@ class Maintenance:
             )
         return 0 if len(reaped) >= self._settings.step_max_jobs else jittered(self._settings.reap_seconds)
 
+    async def expire(self) -> float:
+        """Makes jobs dead that wait past their deadlines."""
+        expired = await self._store.expire_jobs()
+        if expired:
+            log.warning(Event.JOBS_EXPIRED, jobs=len(expired), reasons=dict(Counter(job.reason for job in expired)))
+        return 0 if len(expired) >= self._settings.step_max_jobs else jittered(self._settings.reap_seconds)
+
     async def _reap_around(self) -> list[Reaped]:
         """Takes one row at a time, and parks the one that cannot be handled: the others must not wait for it."""
         reaped: list[Reaped] = []
@@ -88,14 +96,20 @@ class Maintenance:
         return jittered(_PARTITION_SECONDS)
 
     async def prune(self) -> float:
-        """Deletes attempts past retention and workers that died."""
-        attempts = await self._store.prune_attempts()
-        if attempts:
-            log.info(Event.ATTEMPTS_PRUNED, attempts=attempts)
-        workers = await self._store.prune_workers(unseen_seconds=_WORKER_UNSEEN_SECONDS)
+        """Deletes attempts, events, log lines and keys past their time, and workers that died."""
+        store = self._store
+        pruned = {
+            "attempts": await store.prune_attempts(),
+            "events": await store.prune_events(),
+            "log_lines": await store.prune_logs(),
+            "idempotency_keys": await store.prune_idempotency_keys(),
+        }
+        if any(pruned.values()):
+            log.info(Event.LEDGERS_PRUNED, **pruned)
+        workers = await store.prune_workers(unseen_seconds=_WORKER_UNSEEN_SECONDS)
         if workers:
             log.info(Event.WORKERS_PRUNED, workers=workers)
-        return 0 if attempts >= self._settings.step_max_jobs else jittered(_PRUNE_SECONDS)
+        return 0 if max(pruned.values()) >= self._settings.step_max_jobs else jittered(_PRUNE_SECONDS)
 
     async def run(self) -> None:
         """Runs every step for ever."""
@@ -104,6 +118,7 @@ class Maintenance:
             group.start_soon(listener.run)
             group.start_soon(partial(run_forever, self.promote, name="promote", wake=self._look))
             group.start_soon(partial(run_forever, self.reap, name="reap"))
+            group.start_soon(partial(run_forever, self.expire, name="expire"))
             group.start_soon(partial(run_forever, self.partition, name="partition"))
             group.start_soon(partial(run_forever, self.prune, name="prune"))
 

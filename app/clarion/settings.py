@@ -101,10 +101,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     backoff_cap_seconds: Annotated[float, Meta(gt=0, le=604_800, description="Longest wait between two runs.")] = (
         3_600.0
     )
+    max_snoozes: Annotated[
+        int, Meta(ge=1, le=32_000, description="Snoozes of a job; one more and it is dead as `snoozes_exhausted`.")
+    ] = 10_000
     reap_seconds: Annotated[float, Meta(gt=0, le=1, description="How often expired leases are looked for.")] = 0.5
     step_max_jobs: Annotated[
         int, Meta(ge=1, le=10_000, description="Rows that one maintenance statement may touch.")
     ] = 500
+    job_log_max_lines: Annotated[
+        int, Meta(ge=0, le=100_000, description="Log lines kept of one job; more are counted and dropped.")
+    ] = 1_000
+    idempotency_ttl_seconds: Annotated[
+        float, Meta(ge=1, le=31_536_000, description="How long the answer to an `Idempotency-Key` is kept.")
+    ] = 86_400.0
     history_days: Annotated[
         int, Meta(ge=1, le=3_650, description="Days that finished jobs are kept; whole days are dropped.")
     ] = 30

@@ -11,7 +11,8 @@ and one ringer per process sends one NOTIFY for all marked queues: at once when 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from uuid import UUID
 
 import anyio
 import asyncpg
@@ -30,32 +31,40 @@ log = structlog.get_logger()
 
 CHANNEL = "clarion_wake"
 
-# A payload must stay under 8,000 bytes; a queue's name has 128 at most.
+# A payload must stay under 8,000 bytes: a queue's name has 128 at most, a job's id 36.
 _RING_MAX_QUEUES = 50
 
 
 class Ring(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What happened: so many jobs became ready in these queues; `scheduled`: the next due time may be nearer now."""
+    """What happened: so many jobs became ready in these queues; `scheduled`: the next due time may be nearer now.
+
+    `cancelled`: running jobs whose workers are to end them.
+    """
 
     queues: dict[str, int] = {}
     scheduled: bool = False
+    cancelled: list[UUID] = []
 
 
 class Ringer:
-    """Collects what became ready in this process and tells the others."""
+    """Collects what happened in this process and tells the others."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._interval_seconds = settings.wake_interval_seconds
         self._ready: Counter[str] = Counter()
         self._scheduled = False
+        self._cancelled: set[UUID] = set()
         self._marked = Signal()
 
-    def mark(self, ready: Mapping[str, int], *, scheduled: bool = False) -> None:
-        """Notes, after their commit, how many jobs became ready in each queue, or that some were scheduled."""
-        if ready or scheduled:
-            self._ready.update(ready)
-            self._scheduled = self._scheduled or scheduled
+    def mark(
+        self, ready: Mapping[str, int] | None = None, *, scheduled: bool = False, cancelled: Iterable[UUID] = ()
+    ) -> None:
+        """Notes, after their commit: so many jobs became ready in each queue, some were scheduled, or cancelled."""
+        self._ready.update(ready or {})
+        self._scheduled = self._scheduled or scheduled
+        self._cancelled.update(cancelled)
+        if self._ready or self._scheduled or self._cancelled:
             self._marked.set()
 
     async def step(self) -> float:
@@ -63,10 +72,11 @@ class Ringer:
         await self._marked.wait()
         ready, self._ready = self._ready, Counter()
         scheduled, self._scheduled = self._scheduled, False
+        cancelled, self._cancelled = self._cancelled, set()
         try:
-            await self._store.ring(CHANNEL, [encode_ring(ring) for ring in _rings(ready, scheduled=scheduled)])
+            await self._store.ring(CHANNEL, [encode_ring(ring) for ring in _rings(ready, scheduled, cancelled)])
         except Unavailable:
-            self.mark(ready, scheduled=scheduled)
+            self.mark(ready, scheduled=scheduled, cancelled=cancelled)
             raise
         return self._interval_seconds
 
@@ -132,9 +142,10 @@ def decode_ring(payload: str) -> Ring:
         return Ring()
 
 
-def _rings(ready: Mapping[str, int], *, scheduled: bool) -> Iterator[Ring]:
-    names = list(ready)
-    if not names:
-        yield Ring(scheduled=scheduled)
-    for start in range(0, len(names), _RING_MAX_QUEUES):
-        yield Ring({name: ready[name] for name in names[start : start + _RING_MAX_QUEUES]}, scheduled)
+def _rings(ready: Mapping[str, int], scheduled: bool, cancelled: Iterable[UUID]) -> Iterator[Ring]:
+    """Everything, in payloads of a bounded size."""
+    names, jobs = list(ready), list(cancelled)
+    pieces = max(1, -(-len(names) // _RING_MAX_QUEUES), -(-len(jobs) // _RING_MAX_QUEUES))
+    for start in range(0, pieces * _RING_MAX_QUEUES, _RING_MAX_QUEUES):
+        end = start + _RING_MAX_QUEUES
+        yield Ring({name: ready[name] for name in names[start:end]}, scheduled, jobs[start:end])

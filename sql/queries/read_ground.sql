@@ -16,7 +16,7 @@ select
   ) as unlogged_tables,
   array(
     select t.name
-    from unnest(array['jobs', 'job_history', 'attempts']) as t (name)
+    from unnest(array['jobs', 'job_history', 'attempts', 'job_logs', 'idempotency_keys']) as t (name)
     where not exists (
       select
       from pg_index as i

@@ -2,12 +2,17 @@
 -- still and ran the claim long after the worker had given up on it. Answers the queue of each.
 --
 -- Takes: running → ready.
+-- One whose cancellation was requested is left to the reaper.
 -- $1 worker, $2 the lease tokens that it knows. Not to be called while a claim of this worker is under way.
 -- Plan: a scan of jobs_running, then one primary key probe a job.
 with unanswered as materialized (
-  select j.id, j.lease_token, j.worker_id, j.attempt, j.started_at
+  select j.id, j.lease_token, j.worker_id, j.attempt, j.generation, j.run_at, j.started_at
   from clarion.jobs as j
-  where j.state = 'running' and j.worker_id = $1::uuid and not j.lease_token = any($2::uuid[])
+  where
+    j.state = 'running'
+    and j.worker_id = $1::uuid
+    and not j.lease_token = any($2::uuid[])
+    and j.cancel_requested_at is null
   for update skip locked
 ),
 ended as (
@@ -21,8 +26,8 @@ ended as (
   returning j.queue
 ),
 recorded as (
-  insert into clarion.attempts (job_id, lease_token, worker_id, attempt, outcome, state, started_at)
-  select u.id, u.lease_token, u.worker_id, u.attempt, 'released', 'ready', u.started_at
+  insert into clarion.attempts (job_id, lease_token, worker_id, attempt, generation, outcome, state, run_at, started_at)
+  select u.id, u.lease_token, u.worker_id, u.attempt, u.generation, 'released', 'ready', u.run_at, u.started_at
   from unanswered as u
 )
 select e.queue from ended as e

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from clarion.events import Event
-from clarion.job import Lease, Policy
+from clarion.execution import Lease, Policy
 from clarion.loops import Signal, jittered
 from clarion.settings import Settings
 from clarion.store import Store

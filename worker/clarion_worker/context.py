@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from structlog.typing import FilteringBoundLogger
 
-from clarion.job import Lease
+from clarion.execution import Lease
 
 
 class Context:

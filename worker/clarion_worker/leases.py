@@ -22,7 +22,7 @@ import structlog
 from clarion.db import DedicatedDatabase
 from clarion.errors import Unavailable
 from clarion.events import Event
-from clarion.job import Lease, Release, WorkerRecord
+from clarion.execution import Beat, Lease, WorkerRecord
 from clarion.loops import Signal
 from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
@@ -196,8 +196,9 @@ class Heartbeats:
         held = {item.lease.id: item for item in self._leases.all()}
         if held:
             sent = time.monotonic()
-            leases = [Release(item.lease.id, item.lease.token) for item in held.values()]
-            answers = await store.heartbeat_jobs(leases, lease_seconds=self._settings.lease_seconds)
+            answers = await store.heartbeat_jobs(
+                [Beat(id=item.lease.id, token=item.lease.token) for item in held.values()]
+            )
             for answer in answers:
                 item = held.pop(answer.id)
                 if answer.extended:

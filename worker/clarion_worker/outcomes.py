@@ -3,11 +3,11 @@
 import traceback
 
 from clarion.durations import parse_duration
-from clarion.job import AttemptOutcome, DeadReason, Failure, Lease
+from clarion.execution import AttemptOutcome, Failure, Lease
+from clarion.job import DeadReason
+from clarion.texts import ERROR_MESSAGE_MAX_CHARS, ERROR_TRACE_MAX_CHARS, storable
 
 SNOOZE_MAX_SECONDS = 365 * 86_400.0
-_MESSAGE_MAX_CHARS = 4_096
-_TRACE_MAX_CHARS = 16_384
 
 
 class Snooze(Exception):
@@ -29,8 +29,8 @@ def failure(lease: Lease, error: BaseException, *, dead_reason: DeadReason | Non
         id=lease.id,
         token=lease.token,
         error_type=type(error).__name__,
-        error_message=storable(message, _MESSAGE_MAX_CHARS),
-        error_trace=storable(trace, _TRACE_MAX_CHARS),
+        error_message=storable(message, ERROR_MESSAGE_MAX_CHARS),
+        error_trace=storable(trace, ERROR_TRACE_MAX_CHARS),
         dead_reason=dead_reason,
     )
 
@@ -53,12 +53,3 @@ def timed_out(lease: Lease) -> Failure:
         error_type="AttemptTimeout",
         error_message=f"the handler ran longer than its timeout of {lease.timeout_seconds:g} s",
     )
-
-
-def storable(text: str, max_chars: int) -> str:
-    """`text` without NULs and lone surrogates, its middle cut out when it is too long."""
-    clean = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
-    if len(clean) <= max_chars:
-        return clean
-    half = max_chars // 2 - 10
-    return f"{clean[:half]}\n… cut …\n{clean[-half:]}"

@@ -6,7 +6,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from clarion.durations import parse_duration
 from clarion.errors import UsageError
-from clarion.job import Policy
+from clarion.execution import Policy
 from clarion.names import check_name
 from clarion_worker.arguments import Arguments
 

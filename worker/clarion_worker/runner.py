@@ -19,7 +19,8 @@ import anyio.to_thread
 import structlog
 
 from clarion.events import Event
-from clarion.job import Completion, DeadReason, Failure, Release, Snoozing
+from clarion.execution import Completion, Failure, Release, Snoozing
+from clarion.job import DeadReason
 from clarion_worker.context import Context
 from clarion_worker.leases import EndReason, Held
 from clarion_worker.outcomes import Discard, Snooze, failure, timed_out

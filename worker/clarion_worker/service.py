@@ -12,10 +12,11 @@ import structlog
 
 from clarion import __version__
 from clarion.db import open_database
+from clarion.endings import Endings
 from clarion.errors import Unavailable, UsageError
 from clarion.events import Event
+from clarion.execution import Failure, Lease, WorkerRecord
 from clarion.ground import wait_for_ground
-from clarion.job import Failure, Lease, WorkerRecord
 from clarion.loops import run_forever
 from clarion.names import check_name
 from clarion.settings import Settings
@@ -75,7 +76,8 @@ class WorkerService:
 
     async def _work(self, store: Store) -> None:
         ringer = Ringer(store, self._settings)
-        finisher = Finisher(store, ringer, buffer_max=2 * self._settings.concurrency + 100)
+        endings = Endings(store, ringer, buffer_max=2 * self._settings.concurrency + 100)
+        finisher = Finisher(endings)
         claimer = self._claimer(store)
         heartbeats = Heartbeats(self._leases, self._settings, self._describe)
         listener = Listener(self._settings, on_ring=claimer.hear, on_connect=claimer.look_everywhere)
@@ -83,7 +85,7 @@ class WorkerService:
             background.start_soon(heartbeats.run)
             background.start_soon(listener.run)
             background.start_soon(partial(run_forever, ringer.step, name="ring"))
-            finisher.start(background)
+            endings.start(background)
             log.info(
                 Event.WORKER_STARTED, worker_id=str(self.id), queues=self._queues, tasks=sorted(self._worker.tasks)
             )

@@ -17,6 +17,8 @@ class Permission(StrEnum):
 
     READ = "read"
     ENQUEUE = "enqueue"
+    WORK = "work"
+    OPERATE = "operate"
 
 
 class Guard(msgspec.Struct, frozen=True):

@@ -37,6 +37,9 @@ from clarion.errors import (
     UnsupportedMediaType,
 )
 from clarion.settings import Settings
+from clarion.texts import storable
+
+_ACTOR_MAX_CHARS = 100
 
 BodyT = TypeVar("BodyT", bound=Form)
 QueryT = TypeVar("QueryT", bound=Form)
@@ -50,6 +53,12 @@ class Call(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=True):
     body: BodyT
     query: QueryT
     path: Mapping[str, str]
+
+    @property
+    def actor(self) -> str:
+        """Who asks, as histories show it: what a caller says of himself in `X-Clarion-Actor` is not proven."""
+        name = storable(self.request.headers.get("x-clarion-actor", "").strip(), _ACTOR_MAX_CHARS)
+        return f"api:{name}" if name else "api"
 
     def url(self, path: str) -> str:
         """A path of this API as the client sees it, behind whatever prefix a proxy mounts it."""
@@ -69,8 +78,9 @@ class Operation(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=Tru
     """What one method of one path takes, does and answers.
 
     `problems` are the errors the handler raises; those of decoding and access follow from the other fields. `lines`,
-    instead of `body`, is what each line of a streamed body becomes: its handler reads the request by itself. `quiet`
-    routes are polled by machines and logged at debug level.
+    instead of `body`, is what each line of a streamed body becomes: its handler reads the request by itself. Where the
+    body is optional, none at all stands for an empty object. `quiet` routes are polled by machines and logged at debug
+    level.
     """
 
     method: str
@@ -86,6 +96,7 @@ class Operation(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=Tru
     media_type: str = JSON
     body_max_bytes: Callable[[Settings], int] = attrgetter("body_max_bytes")
     lines: type[Form] | None = None
+    body_optional: bool = False
     quiet: bool = False
 
     @property
@@ -120,6 +131,8 @@ class Operation(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=Tru
         if self.body is Nothing:
             return self.body()
         body = await read_body(request.headers, request.receive, self.body_max_bytes(settings))
+        if self.body_optional and not body:
+            return self.body()
         return await decode_body(body, self.body)
 
 
@@ -161,10 +174,14 @@ def routes(operations: Sequence[Operation[Any, Any]]) -> list[Route]:
 
 
 def _by_media_type(operations: Sequence[Operation[Any, Any]], request: Request) -> Operation[Any, Any]:
-    if not operations[0].takes_body:
+    if not operations[0].takes_body or (operations[0].body_optional and _has_no_body(request)):
         return operations[0]
     given = media_type_of(request.headers)
     for operation in operations:
         if operation.media_type == given:
             return operation
     raise unsupported(given, [operation.media_type for operation in operations])
+
+
+def _has_no_body(request: Request) -> bool:
+    return request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers

@@ -88,7 +88,7 @@ def problem_response(
 ) -> Response:
     """The error as an answer; `members` are added to the document. Leaves its slug for the log line of the request."""
     request.state.problem = error.problem.slug
-    document = msgspec.structs.asdict(problem_out(request, error)) | members
+    document = msgspec.structs.asdict(problem_out(request, error)) | error.members() | members
     kind = LingeringResponse if isinstance(error, TooLarge) else Response
     return kind(
         msgspec.json.encode(document),

@@ -6,10 +6,12 @@ from typing import Protocol
 import anyio
 import msgspec
 
+from clarion.endings import Endings
 from clarion.job import Enqueued, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.waits import Waits
+from clarion.wake import Ringer
 
 
 class Adder(Protocol):
@@ -27,6 +29,8 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
 
     store: Store
     enqueuer: Adder
+    endings: Endings
+    ringer: Ringer
     waits: Waits
     settings: Settings
     draining: anyio.Event

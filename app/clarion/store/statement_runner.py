@@ -1,0 +1,31 @@
+"""What every part of the store is made of: a way to run a statement by name."""
+
+from collections.abc import Sequence
+
+import asyncpg
+import msgspec
+
+from clarion.db import Executor
+from clarion.settings import Settings
+from clarion.statements import statement
+
+
+class StatementRunner:
+    """Runs statements on a pool, on a connection, or in somebody's transaction."""
+
+    def __init__(self, database: Executor, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+
+    async def _fetch(self, name: str, *args: object) -> list[asyncpg.Record]:
+        return await self._database.fetch(statement(name), *args)
+
+
+def columns(items: Sequence[msgspec.Struct], *names: str) -> list[list[object]]:
+    """The items as one array per field, the shape that `unnest` takes."""
+    return [[getattr(item, name) for item in items] for name in names]
+
+
+def count(names: Sequence[str | None]) -> dict[str, int]:
+    """How often each name stands there; None is nobody's."""
+    return {name: names.count(name) for name in set(names) if name is not None}

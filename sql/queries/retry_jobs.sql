@@ -1,0 +1,84 @@
+-- Runs jobs again: dead and cancelled ones in a new generation of attempts, scheduled ones without their wait. One row
+-- per input, in input order.
+--
+-- Takes: dead → ready, dead → scheduled, cancelled → ready, cancelled → scheduled, scheduled → ready,
+-- scheduled → scheduled.
+-- $1 job ids, each once, $2 seconds until each runs, $3 only dead ones, $4 who asks, $5 why (null: no reason given).
+-- `state` is what the job is now, `queue` where it waits, for the ring (null for one that was ready before: nothing is to be
+-- done); a null state means that the job runs, has succeeded, or is unknown.
+-- A new generation starts from nothing: attempts, errors, crashes and snoozes are counted anew, the total timeout begins
+-- again, a start_by is over. The place in line is what an enqueue now would get. The checkpoint stays.
+-- Plan: one primary key probe a job in jobs, and one in each history partition.
+with input as materialized (
+  select i.* from unnest($1::uuid[], $2::float8[]) with ordinality as i (id, delay_seconds, n)
+),
+due as materialized (
+  select i.*, now() + make_interval(secs => i.delay_seconds) as run_at,
+    case when i.delay_seconds > 0 then 'scheduled' else 'ready' end::clarion.job_state as state
+  from input as i
+),
+locked as materialized (
+  select d.*, j.state as was, j.queue, coalesce(q.priority_credit_seconds, 60) as credit
+  from due as d
+  join clarion.jobs as j on j.id = any(array[d.id])
+  left join clarion.queues as q on q.name = j.queue
+  where j.state = 'dead' or (j.state in ('scheduled', 'ready') and not $3::boolean)
+  for update of j
+),
+retried as (
+  update clarion.jobs as j
+  set
+    state = l.state,
+    run_at = l.run_at,
+    sort_key = l.run_at - j.priority * make_interval(secs => l.credit),
+    generation = j.generation + (l.was = 'dead')::integer,
+    attempt = case when l.was = 'dead' then 0 else j.attempt end,
+    errors = case when l.was = 'dead' then 0 else j.errors end,
+    crashes = case when l.was = 'dead' then 0 else j.crashes end,
+    snoozes = case when l.was = 'dead' then 0 else j.snoozes end,
+    start_by = case when l.was = 'dead' then null else j.start_by end,
+    finish_by = case
+      when l.was = 'dead' then l.run_at + make_interval(secs => j.total_timeout_seconds) else j.finish_by
+    end,
+    dead_reason = null, died_at = null
+  from locked as l
+  where j.id = any(array[l.id]) and l.was <> 'ready'
+  returning j.id, j.state, j.queue, j.generation
+),
+taken_back as (
+  delete from clarion.job_history as h
+  using due as d
+  where h.id = any(array[d.id]) and h.state = 'cancelled' and not $3::boolean
+  returning h.*, d.run_at as next_run_at, d.state as next_state
+),
+revived as (
+  insert into clarion.jobs (
+    id, created_at, run_at, sort_key, started_at, state, priority, max_attempts, timeout_seconds, backoff_seconds,
+    backoff_cap_seconds, queue, task, args, finish_by, total_timeout_seconds, generation, log_lines, enqueued_by,
+    error_type, checkpoint
+  )
+  select
+    t.id, t.created_at, t.next_run_at,
+    t.next_run_at - t.priority * make_interval(secs => coalesce(q.priority_credit_seconds, 60)),
+    t.started_at, t.next_state, t.priority, t.max_attempts, t.timeout_seconds, t.backoff_seconds,
+    t.backoff_cap_seconds, t.queue, t.task, t.args, t.next_run_at + make_interval(secs => t.total_timeout_seconds),
+    t.total_timeout_seconds, t.generation + 1, t.log_lines, t.enqueued_by, t.error_type, t.checkpoint
+  from taken_back as t
+  left join clarion.queues as q on q.name = t.queue
+  returning id, state, queue, generation
+),
+changed as materialized (
+  select r.* from retried as r
+  union all
+  select v.* from revived as v
+),
+noted as (
+  insert into clarion.job_events (job_id, event, actor, state, generation, detail)
+  select c.id, 'retried', $4::text, c.state, c.generation, $5::text
+  from changed as c
+)
+select coalesce(c.state, l.was)::text as state, c.queue
+from input as i
+left join changed as c on c.id = i.id
+left join locked as l on l.id = i.id
+order by i.n
