@@ -23,6 +23,7 @@ class Event(StrEnum):
     LEASES_EXPIRED = "leases.expired"
     JOBS_EXPIRED = "jobs.expired"
     JOB_PARKED = "job.parked"
+    LINES_DROPPED = "lines.dropped"
     OUTCOME_RETRIED = "outcome.retried"
     OUTCOME_ABANDONED = "outcome.abandoned"
 

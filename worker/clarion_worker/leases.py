@@ -22,7 +22,7 @@ import structlog
 from clarion.db import DedicatedDatabase
 from clarion.errors import Unavailable
 from clarion.events import Event
-from clarion.execution import Beat, Lease, WorkerRecord
+from clarion.execution import Beat, Directive, Lease, WorkerRecord
 from clarion.loops import Signal
 from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
@@ -42,6 +42,7 @@ class EndReason(StrEnum):
 
     TIMED_OUT = "timed_out"
     LOST = "lost"
+    CANCELLED = "cancelled"
     FENCED = "fenced"
     DRAINED = "drained"
 
@@ -49,7 +50,7 @@ class EndReason(StrEnum):
 class Held:
     """A lease in this process, while its attempt runs and until its outcome is recorded. For the main loop only."""
 
-    __slots__ = ("changed", "end_reason", "ending", "finishing", "in_thread", "lease", "valid_until")
+    __slots__ = ("changed", "committing", "end_reason", "ending", "finishing", "in_thread", "lease", "valid_until")
 
     def __init__(self, lease: Lease, *, valid_until: float) -> None:
         self.lease = lease
@@ -58,6 +59,7 @@ class Held:
         self.ending = False  # the handler is to end
         self.end_reason: EndReason | None = None
         self.in_thread = False  # the handler sits in a thread, where no cancellation reaches it
+        self.committing = False  # the handler finishes the job in a transaction of its own
         self.finishing = False  # the outcome is known, and being recorded
 
     def end(self, reason: EndReason) -> None:
@@ -111,24 +113,40 @@ class Leases:
                 log.warning(Event.LEASE_FENCED, job_id=str(held.lease.id), task=held.lease.task)
 
     def lose(self, lost: Iterable[Held]) -> None:
-        """Ends attempts whose jobs belong to somebody else by now."""
+        """Ends attempts whose jobs belong to somebody else by now, or are finished in the handler's transaction."""
         for held in lost:
-            held.end(EndReason.LOST)
+            if not held.committing:
+                held.end(EndReason.LOST)
+
+    def cancel(self, cancelled: Iterable[Held]) -> None:
+        """Ends attempts whose jobs are to be cancelled."""
+        for held in cancelled:
+            held.end(EndReason.CANCELLED)
 
 
 class Heartbeats:
-    """The thread that extends all leases in one statement, and says that the worker is alive."""
+    """The thread that extends all leases in one statement, and says that the worker is alive.
 
-    def __init__(self, leases: Leases, settings: Settings, describe: Callable[[], WorkerRecord]) -> None:
+    `on_drain` is called, on the main loop, when the answer is that this worker is to stop.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        settings: Settings,
+        describe: Callable[[], WorkerRecord],
+        on_drain: Callable[[], None] = lambda: None,
+    ) -> None:
         self._leases = leases
         self._settings = settings
         self._describe = describe
+        self._on_drain = on_drain
         self._interval_seconds = settings.lease_seconds / _BEATS_PER_LEASE
         self._ticked = time.monotonic()
         self._hung = False
         self._stopping = False
         self._thread_loop: asyncio.AbstractEventLoop | None = None
-        self._stop_waiting = Signal()
+        self._wake = Signal()
         self._ended = anyio.Event()
 
     async def run(self) -> None:
@@ -147,13 +165,18 @@ class Heartbeats:
         finally:
             await self.stop()
 
+    def hurry(self) -> None:
+        """Beats now: somebody says that a job of ours was cancelled."""
+        if self._thread_loop is not None:
+            with suppress(RuntimeError):  # it is being closed
+                self._thread_loop.call_soon_threadsafe(self._wake.set)
+
     async def stop(self) -> None:
         """Beats no more; returns when the thread has ended, or after a moment if a beat hangs."""
         self._stopping = True
         with anyio.move_on_after(_STOP_SECONDS, shield=True):
             while not self._ended.is_set():
-                if self._thread_loop is not None:
-                    self._thread_loop.call_soon_threadsafe(self._stop_waiting.set)
+                self.hurry()
                 with anyio.move_on_after(_TICK_SECONDS):
                     await self._ended.wait()
 
@@ -169,7 +192,7 @@ class Heartbeats:
     async def _beat_until_stopped(self, main_loop: asyncio.AbstractEventLoop) -> None:
         database = DedicatedDatabase(self._settings, name="heartbeat")
         store = Store(database, self._settings)
-        self._stop_waiting = Signal()
+        self._wake = Signal()
         self._thread_loop = asyncio.get_running_loop()
         weather = False
         while not self._stopping:
@@ -181,30 +204,35 @@ class Heartbeats:
                     log.warning(Event.STEP_FAILED, step="heartbeat", error=str(error) or "it took too long")
                 weather = True
                 await database.close()
-                await self._stop_waiting.wait_for(min(_RETRY_SECONDS, self._interval_seconds))
+                await self._wake.wait_for(min(_RETRY_SECONDS, self._interval_seconds))
             else:
                 if weather:
                     log.info(Event.STEP_RECOVERED, step="heartbeat")
                 weather = False
-                await self._stop_waiting.wait_for(self._interval_seconds)
+                await self._wake.wait_for(self._interval_seconds)
         await database.close()
 
     async def beat(self, store: Store, main_loop: asyncio.AbstractEventLoop) -> None:
         """One heartbeat for everything held, unless the main loop is hung."""
         if self._is_hung():
             return
-        held = {item.lease.id: item for item in self._leases.all()}
+        held = {item.lease.token: item for item in self._leases.all()}
         if held:
             sent = time.monotonic()
             answers = await store.heartbeat_jobs(
                 [Beat(id=item.lease.id, token=item.lease.token) for item in held.values()]
             )
+            cancelled = []
             for answer in answers:
-                item = held.pop(answer.id)
-                if answer.extended:
-                    item.valid_until = self._leases.valid_until(sent)
+                item = held.pop(answer.token)
+                if answer.cancelled:
+                    cancelled.append(item)
+                elif answer.extended:
+                    item.valid_until = max(item.valid_until, self._leases.valid_until(sent))
+            main_loop.call_soon_threadsafe(self._leases.cancel, cancelled)
             main_loop.call_soon_threadsafe(self._leases.lose, list(held.values()))
-        await store.record_worker(self._describe())
+        if await store.record_worker(self._describe()) is Directive.DRAIN:
+            main_loop.call_soon_threadsafe(self._on_drain)
 
     def _is_hung(self) -> bool:
         still_seconds = time.monotonic() - self._ticked

@@ -5,7 +5,7 @@ import traceback
 from clarion.durations import parse_duration
 from clarion.execution import AttemptOutcome, Failure, Lease
 from clarion.job import DeadReason
-from clarion.texts import ERROR_MESSAGE_MAX_CHARS, ERROR_TRACE_MAX_CHARS, storable
+from clarion.texts import ERROR_MESSAGE_MAX_CHARS, ERROR_TRACE_MAX_CHARS, ERROR_TYPE_MAX_CHARS, storable
 
 SNOOZE_MAX_SECONDS = 365 * 86_400.0
 
@@ -18,6 +18,18 @@ class Snooze(Exception):
         super().__init__(f"again in {delay}")
 
 
+class Retry(Exception):
+    """Raised by a handler to fail this attempt and say when the next one is: `raise Retry("10m", "quota used up")`."""
+
+    def __init__(self, delay: str | float, reason: str = "the handler asked for another try") -> None:
+        self.delay_seconds = parse_duration(delay, max_seconds=SNOOZE_MAX_SECONDS)
+        super().__init__(reason)
+
+
+class Cancelled(BaseException):
+    """Raised in a handler's own thread or process when its job was cancelled; like CancelledError, let it through."""
+
+
 class Discard(Exception):
     """Raised by a handler when no further try can help: the job is dead at once, with this reason."""
 
@@ -28,9 +40,10 @@ def failure(lease: Lease, error: BaseException, *, dead_reason: DeadReason | Non
     return Failure(
         id=lease.id,
         token=lease.token,
-        error_type=type(error).__name__,
+        error_type=storable(type(error).__name__, ERROR_TYPE_MAX_CHARS),
         error_message=storable(message, ERROR_MESSAGE_MAX_CHARS),
         error_trace=storable(trace, ERROR_TRACE_MAX_CHARS),
+        retry_in_seconds=error.delay_seconds if isinstance(error, Retry) else None,
         dead_reason=dead_reason,
     )
 

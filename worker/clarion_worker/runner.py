@@ -4,7 +4,7 @@ A handler runs in a task of its own, so that nothing it does to its task (cancel
 setting context variables) reaches anybody else. To end it, the task is cancelled once, as asyncio does it. A handler
 that does not end then is *stuck*: its outcome is recorded without it and its slot is free, while the task, or the
 thread it sits in, is left behind, since neither can be killed. A job whose earlier attempt is still stuck here does not
-start a second time beside it.
+start a second time beside it. A handler in a process of its own is never stuck: that one is killed.
 """
 
 import asyncio
@@ -16,15 +16,23 @@ from uuid import UUID
 
 import anyio
 import anyio.to_thread
+import msgspec
 import structlog
 
+from clarion.endings import Endings
 from clarion.events import Event
 from clarion.execution import Completion, Failure, Release, Snoozing
 from clarion.job import DeadReason
-from clarion_worker.context import Context
-from clarion_worker.leases import EndReason, Held
+from clarion.settings import Settings
+from clarion_worker.arguments import CONTEXT_PARAMETER
+from clarion_worker.calls import Calls
+from clarion_worker.context import Context, SyncContext, ThreadCalls
+from clarion_worker.frames import Target
+from clarion_worker.leases import EndReason, Held, Leases
+from clarion_worker.lines import HandlerLog, LineKeeper
 from clarion_worker.outcomes import Discard, Snooze, failure, timed_out
-from clarion_worker.registry import Task
+from clarion_worker.processes import ProcessDied, Processes
+from clarion_worker.registry import Lifespan, Task
 from clarion_worker.results import encode_result
 
 log = structlog.get_logger()
@@ -37,13 +45,25 @@ CANCEL_GRACE_SECONDS = 3.0
 _STUCK_RETRY_SECONDS = 5.0
 
 
-class Runner:
-    """Runs attempts of the given tasks; `threads_max` bounds the handlers that are not async and not stuck."""
+class Equipment(msgspec.Struct, frozen=True, kw_only=True):
+    """What attempts of one worker share; `states` holds what each lifespan yielded."""
 
-    def __init__(self, tasks: Mapping[str, Task[..., Any]], *, threads_max: int, result_max_bytes: int) -> None:
-        self._tasks = tasks
-        self._threads = anyio.CapacityLimiter(threads_max)
-        self._result_max_bytes = result_max_bytes
+    tasks: Mapping[str, Task[..., Any]]
+    endings: Endings
+    keeper: LineKeeper
+    processes: Processes
+    targets: Mapping[str, Target]
+    states: Mapping[Lifespan, Any]
+
+
+class Runner:
+    """Runs attempts; `threads_max` bounds the handlers that are in threads and not stuck."""
+
+    def __init__(self, equipment: Equipment, leases: Leases, settings: Settings) -> None:
+        self._equipment = equipment
+        self._leases = leases
+        self._settings = settings
+        self._threads = anyio.CapacityLimiter(settings.concurrency)
         self._stuck: dict[asyncio.Task[Outcome], UUID] = {}
 
     @property
@@ -85,15 +105,23 @@ class Runner:
         return _ended(held) if held.ending and isinstance(outcome, Failure) else outcome
 
     async def _attempt(self, held: Held) -> Outcome:
+        task = self._equipment.tasks[held.lease.task]
+        if task.runs_in != "process" and not task.arguments.wants_context:
+            return await self._call(held, task, None)
+        calls = Calls(held, self._equipment.endings, self._settings, valid_until=self._leases.valid_until)
+        async with self._equipment.keeper.keeping(calls.lines):
+            if task.runs_in == "process":
+                return await self._attempt_in_process(held, calls)
+            return await self._call(held, task, calls)
+
+    async def _call(self, held: Held, task: Task[..., Any], calls: Calls | None) -> Outcome:
         lease = held.lease
-        task = self._tasks[lease.task]
         try:
             arguments = task.arguments.decode(lease.args)
         except ValueError as error:
             return failure(lease, error, dead_reason=DeadReason.UNDECODABLE_PAYLOAD)
-        if task.arguments.wants_context:
-            bound = log.bind(job_id=str(lease.id), task=lease.task, attempt=lease.attempt)
-            arguments["ctx"] = Context(lease, bound, held.is_ending)
+        if calls is not None:
+            arguments[CONTEXT_PARAMETER] = self._context(task, calls)
         try:
             result = await self._invoke(task, arguments, held)
         except Snooze as wish:
@@ -105,9 +133,25 @@ class Runner:
         except BaseException as error:  # noqa: BLE001  whatever a handler raises is its attempt's failure
             return failure(lease, error)
         try:
-            return Completion(lease.id, lease.token, encode_result(result, max_bytes=self._result_max_bytes))
+            return Completion(lease.id, lease.token, encode_result(result, max_bytes=self._settings.result_max_bytes))
         except ValueError as error:
             return failure(lease, error, dead_reason=DeadReason.RESULT_UNSTORABLE)
+
+    def _context(self, task: Task[..., Any], calls: Calls) -> Context | SyncContext:
+        lease = calls.held.lease
+        bound = log.bind(job_id=str(lease.id), task=lease.task, attempt=lease.attempt)
+        handler_log = HandlerLog(bound, calls.lines.add)
+        state = None if task.lifespan is None else self._equipment.states[task.lifespan]
+        if task.is_async:
+            return Context(lease, handler_log, calls, state)
+        return SyncContext(lease, handler_log, ThreadCalls(calls), state)
+
+    async def _attempt_in_process(self, held: Held, calls: Calls) -> Outcome:
+        lease = held.lease
+        try:
+            return await self._equipment.processes.run(self._equipment.targets[lease.task], lease, calls.hear)
+        except ProcessDied as error:
+            return failure(lease, error)
 
     async def _invoke(self, task: Task[..., Any], arguments: dict[str, Any], held: Held) -> Any:
         if task.is_async:
@@ -149,4 +193,5 @@ def _ended(held: Held) -> Outcome:
     if held.end_reason is EndReason.LOST:
         return None
     # Drained, or fenced while the database was silent: if the token still holds the job, it goes back at once.
+    # Cancelled: a release says that the handler has stopped.
     return Release(lease.id, lease.token)

@@ -3,8 +3,10 @@
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import Any
 from uuid import UUID, uuid4
 
 import anyio
@@ -22,12 +24,14 @@ from clarion.names import check_name
 from clarion.settings import Settings
 from clarion.signals import leave, until
 from clarion.store import Store
-from clarion.wake import Listener, Ringer
+from clarion.wake import Listener, Ring, Ringer
 from clarion_worker.claimer import Claimer, Subscription
 from clarion_worker.finisher import Finisher
 from clarion_worker.leases import EndReason, Heartbeats, Held, Leases
-from clarion_worker.registry import Worker
-from clarion_worker.runner import CANCEL_GRACE_SECONDS, Outcome, Runner
+from clarion_worker.lines import LineKeeper
+from clarion_worker.processes import Processes, open_processes, target_of
+from clarion_worker.registry import Lifespan, Worker
+from clarion_worker.runner import CANCEL_GRACE_SECONDS, Equipment, Outcome, Runner
 
 log = structlog.get_logger()
 
@@ -54,9 +58,8 @@ class WorkerService:
         self._stop = stop
         self._exit_code = 0
         self._send, self._receive = anyio.create_memory_object_stream[Held](settings.concurrency)
-        self._runner = Runner(
-            worker.tasks, threads_max=settings.concurrency, result_max_bytes=settings.result_max_bytes
-        )
+        self._targets = {name: target_of(task) for name, task in worker.tasks.items() if task.runs_in == "process"}
+        self._runner: Runner | None = None
 
     async def run(self) -> int:
         """Works until stopped; the exit code. Raises UnsafeGround for a database that cannot keep the promises."""
@@ -66,32 +69,55 @@ class WorkerService:
                 async with until(self._stop):
                     await wait_for_ground(store, self._settings)
                 if not self._stop.is_set():
-                    await self._work(store)
+                    async with self._lifespans() as states, self._processes() as processes:
+                        await self._work(store, processes, states)
         return self._exit_code
 
     @property
     def stuck(self) -> int:
         """Handlers that will not end: only the end of the process ends them."""
-        return self._runner.stuck
+        return 0 if self._runner is None else self._runner.stuck
 
-    async def _work(self, store: Store) -> None:
+    @asynccontextmanager
+    async def _lifespans(self) -> AsyncIterator[dict[Lifespan, Any]]:
+        """What the handlers share, opened before the first claim and closed after the last handler."""
+        async with AsyncExitStack() as stack:
+            yield {lifespan: await stack.enter_async_context(lifespan()) for lifespan in self._worker.lifespans()}
+
+    def _processes(self) -> AbstractAsyncContextManager[Processes]:
+        return open_processes(self._settings, processes_max=self._settings.concurrency)
+
+    async def _work(self, store: Store, processes: Processes, states: Mapping[Lifespan, Any]) -> None:
         ringer = Ringer(store, self._settings)
         endings = Endings(store, ringer, buffer_max=2 * self._settings.concurrency + 100)
-        finisher = Finisher(endings)
+        finisher = Finisher(endings, store.find_completions)
+        keeper = LineKeeper()
         claimer = self._claimer(store)
-        heartbeats = Heartbeats(self._leases, self._settings, self._describe)
-        listener = Listener(self._settings, on_ring=claimer.hear, on_connect=claimer.look_everywhere)
+        heartbeats = Heartbeats(self._leases, self._settings, self._describe, on_drain=self._stop.set)
+        listener = Listener(
+            self._settings, on_ring=partial(self._hear, claimer, heartbeats), on_connect=claimer.look_everywhere
+        )
+        equipment = Equipment(
+            tasks=self._worker.tasks,
+            endings=endings,
+            keeper=keeper,
+            processes=processes,
+            targets=self._targets,
+            states=states,
+        )
+        self._runner = runner = Runner(equipment, self._leases, self._settings)
         async with anyio.create_task_group() as background:
             background.start_soon(heartbeats.run)
             background.start_soon(listener.run)
             background.start_soon(partial(run_forever, ringer.step, name="ring"))
+            background.start_soon(partial(run_forever, keeper.step, name="lines"))
             endings.start(background)
             log.info(
                 Event.WORKER_STARTED, worker_id=str(self.id), queues=self._queues, tasks=sorted(self._worker.tasks)
             )
             async with anyio.create_task_group() as slots:
                 for _ in range(self._settings.concurrency):
-                    slots.start_soon(self._slot, claimer, finisher)
+                    slots.start_soon(self._slot, runner, claimer, finisher)
                 await self._claim_until_stopped(claimer)
                 await self._drain()
                 self._send.close()
@@ -124,13 +150,21 @@ class WorkerService:
             claimer.hurry()
             group.cancel_scope.cancel()
 
-    async def _slot(self, claimer: Claimer, finisher: Finisher) -> None:
+    def _hear(self, claimer: Claimer, heartbeats: Heartbeats, ring: Ring) -> None:
+        claimer.hear(ring)
+        if ring.cancelled and not {held.lease.id for held in self._leases.all()}.isdisjoint(ring.cancelled):
+            heartbeats.hurry()
+
+    async def _slot(self, runner: Runner, claimer: Claimer, finisher: Finisher) -> None:
         """One of the `concurrency` places in which attempts run, one after the other."""
         async for held in self._receive:
             started = time.monotonic()
-            outcome = await self._runner.run(held)
+            outcome = await runner.run(held)
             held.finishing = True
-            state = None if outcome is None else await finisher.finish(outcome)
+            if held.committing:
+                state = await finisher.confirm(held.lease, outcome)
+            else:
+                state = None if outcome is None else await finisher.finish(outcome)
             self._leases.remove(held)
             self._stop_if_worn_out()
             claimer.slot_freed()

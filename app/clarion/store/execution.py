@@ -71,6 +71,11 @@ class Execution(StatementRunner):
         rows = await self._fetch("complete_jobs", *columns(completions, "id", "token", "result", "key"))
         return [Completed(*row) for row in rows]
 
+    async def find_completions(self, attempts: Sequence[Release]) -> set[UUID]:
+        """The tokens of those attempts that have completed their jobs."""
+        rows = await self._fetch("find_completions", *columns(attempts, "id", "token"))
+        return {row["token"] for row in rows if row["completed"]}
+
     async def fail_jobs(self, failures: Sequence[Failure]) -> list[Ended]:
         """Ends attempts that went wrong; one answer each, in order."""
         settings = self._settings

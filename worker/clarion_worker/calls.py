@@ -1,0 +1,123 @@
+"""The calls that a running attempt may make: progress, checkpoint, log lines, finishing in a transaction of its own.
+
+All are fenced by the lease token. What a call learns (the lease is lost, the cancellation was requested) ends the
+attempt as a heartbeat's answer would; the handler need not look at it.
+"""
+
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, Protocol
+
+import anyio
+import msgspec
+
+from clarion.endings import Endings
+from clarion.errors import LeaseLost, Unavailable, UsageError
+from clarion.execution import Beat, Completion, Lease
+from clarion.loops import backoff_seconds
+from clarion.settings import Settings
+from clarion.store import Store
+from clarion.texts import storable
+from clarion_worker.leases import EndReason, Held
+from clarion_worker.lines import Lines
+from clarion_worker.results import encode_result
+
+_PROGRESS_MESSAGE_MAX_CHARS = 1_000
+
+
+class Standing(StrEnum):
+    """How an attempt stands after a call."""
+
+    HELD = "held"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+class Connection(Protocol):
+    """An asyncpg connection, as far as `complete_in` needs it."""
+
+    async def fetch(self, query: str, *args: Any) -> list[Any]:
+        """Runs a statement."""
+
+    def is_in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+
+
+class Calls:
+    """What one attempt says while it runs."""
+
+    def __init__(
+        self, held: Held, endings: Endings, settings: Settings, *, valid_until: Callable[[float], float]
+    ) -> None:
+        self.held = held
+        self.lines = Lines(held.lease, endings, lines_max=settings.job_log_max_lines)
+        self._endings = endings
+        self._settings = settings
+        self._valid_until = valid_until
+
+    async def beat(self, progress: str | None = None, checkpoint: str | None = None) -> Standing:
+        """Extends the lease and keeps what is given, as JSON text. Waits through weather, as long as it is held."""
+        held, failures = self.held, 0
+        beat = Beat(id=held.lease.id, token=held.lease.token, progress=progress, checkpoint=checkpoint)
+        while not held.ending:
+            sent = time.monotonic()
+            try:
+                answer = await self._endings.beat(beat)
+            except Unavailable:
+                failures += 1
+                await anyio.sleep(backoff_seconds(failures))
+                continue
+            if answer is None:
+                held.end(EndReason.LOST)
+            elif answer.cancelled:
+                held.end(EndReason.CANCELLED)
+            elif answer.extended:
+                held.valid_until = self._valid_until(sent)
+                return Standing.HELD
+            else:
+                return Standing.HELD
+        return Standing.CANCELLED if held.end_reason is EndReason.CANCELLED else Standing.LOST
+
+    async def hear(self, kind: str, content: object) -> object:
+        """What a handler in a process of its own says through these calls."""
+        match kind, content:
+            case "beat", [str() | None as progress, str() | None as checkpoint]:
+                return await self.beat(progress, checkpoint)
+            case "line", [str(level), str(message), dict(fields)]:
+                self.lines.add(level, message, fields)
+            case "committing", _:
+                self.held.committing = True
+            case _:
+                raise ValueError(f"no handler says {kind!r}")
+        return None
+
+    async def complete_in(self, connection: Connection, result: object) -> None:
+        """Finishes the job in an open transaction; see Context.complete_in."""
+        # From before the statement, since no heartbeat may take the row's absence after the commit for a lost lease.
+        self.held.committing = True
+        await complete_on(connection, self.held.lease, result, settings=self._settings)
+
+    def is_ending(self) -> bool:
+        """Whether the handler is to end."""
+        return self.held.is_ending()
+
+
+async def complete_on(connection: Connection, lease: Lease, result: object, *, settings: Settings) -> None:
+    """Finishes a job in the transaction that is open on the connection. Raises LeaseLost, UsageError, ValueError."""
+    if not connection.is_in_transaction():
+        raise UsageError("complete_in needs an open transaction: async with connection.transaction(): …")
+    encoded = encode_result(result, max_bytes=settings.result_max_bytes)
+    (answer,) = await Store(connection, settings).complete_jobs([Completion(lease.id, lease.token, encoded)])
+    if answer.state is None:
+        raise LeaseLost
+
+
+def progress_json(current: float | None, total: float | None, message: str | None) -> str:
+    """Progress as it is stored."""
+    said = {
+        "current": current,
+        "total": total,
+        "message": None if message is None else storable(message, _PROGRESS_MESSAGE_MAX_CHARS),
+    }
+    return msgspec.json.encode(said).decode()
