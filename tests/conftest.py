@@ -27,6 +27,10 @@ from clarion.store import Store
 _SERVER = "CLARION_TEST_DATABASE_URL"
 _TEMPLATE = "clarion_template"
 _CONNECTING = {"_parse_connect_arguments", "_parse_connect_dsn_and_args", "_read_password_file"}
+_FORGET_JOBS = """
+    truncate clarion.jobs, clarion.job_history, clarion.attempts, clarion.job_events, clarion.job_logs,
+      clarion.idempotency_keys, clarion.queues, clarion.workers
+"""
 _stack = ExitStack()
 
 
@@ -70,11 +74,13 @@ def settings_for(database: str) -> Settings:
 def nothing_blocks_the_event_loop() -> Iterator[None]:
     """Fails any test in which our code makes a blocking call (file, socket, sleep, lock) on an event loop.
 
-    Let through: asyncpg looks for ~/.pgpass and certificates when it connects, some microseconds that we cannot avoid.
+    Let through: asyncpg looks for ~/.pgpass and certificates when it connects, and a traceback for its source lines when
+    it is formatted; some microseconds that we cannot avoid.
     """
     with blockbuster_ctx(["clarion", "clarion_worker"]) as detector:
         for function in detector.functions.values():
             function.can_block_in("asyncpg/connect_utils.py", _CONNECTING)
+            function.can_block_in("linecache.py", {"checkcache", "updatecache"})
         yield
 
 
@@ -109,7 +115,7 @@ def database_url(settings: Settings) -> str:
 async def database(settings: Settings) -> AsyncIterator[Database]:
     """A pool on this test file's own database, whose jobs are gone before each test."""
     async with open_database(settings, name="test") as pool:
-        await pool.fetch("truncate clarion.jobs, clarion.job_history, clarion.attempts, clarion.workers")
+        await pool.fetch(_FORGET_JOBS)
         yield pool
 
 

@@ -54,6 +54,7 @@ class Client(msgspec.Struct, frozen=True):
     database: Database
     store: Store
     enqueuer: Enqueuer
+    ringer: Ringer
 
     async def enqueue(self, *jobs: NewJob) -> list[UUID]:
         """Adds jobs and rings; their ids."""
@@ -90,7 +91,7 @@ async def client(settings: Settings) -> AsyncIterator[Client]:
         group.start_soon(enqueuer.run)
         group.start_soon(partial(run_forever, ringer.step, name="ring"))
         group.start_soon(Maintenance(store, ringer, settings).run)
-        yield Client(database, store, enqueuer)
+        yield Client(database, store, enqueuer, ringer)
         group.cancel_scope.cancel()
 
 

@@ -16,9 +16,9 @@ Duration: TypeAlias = str | float | timedelta
 class JobOptions(TypedDict, total=False):
     """What an enqueue may say besides the task and its arguments.
 
-    What it leaves open, the task's definition decides, then the server's settings. `priority` is -100 to 100, higher runs
-    first. Give `run_at` or `delay`, not both; datetimes are aware. `start_within` and `total_timeout` count from the
-    moment at which the job is due. A second enqueue with the same `idempotency_key` answers the first one's job.
+    What it leaves open, the task's definition decides, then the server's settings. `priority` is -100 to 100, higher
+    runs first. Give `run_at` or `delay`, not both; datetimes are aware. `start_within` and `total_timeout` count from
+    the moment at which the job is due. A second enqueue with the same `idempotency_key` answers the first one's job.
     """
 
     queue: str
@@ -51,8 +51,17 @@ class JobRequest(msgspec.Struct, Generic[R], frozen=True):
         return msgspec.structs.replace(self, options=self.options | options)
 
 
+def requested(request: JobRequest[Any] | str, args: Mapping[str, Any] | None, options: JobOptions) -> JobRequest[Any]:
+    """The request that an enqueue was given, or that a task's name and its arguments make, with these options."""
+    if isinstance(request, str):
+        return JobRequest(request, args or {}, options)
+    if args is not None:
+        raise TypeError("a JobRequest has its arguments already; give others only with a task's name")
+    return request.having(**options)
+
+
 def encode_request(request: JobRequest[Any]) -> bytes:
-    """The body of the request that enqueues it; raises TypeError or ValueError for arguments that JSON cannot express."""
+    """The body that enqueues it; raises TypeError or ValueError for arguments that JSON cannot express."""
     options = {name: _plain(value) for name, value in request.options.items()}
     encoded = msgspec.json.encode({"task": request.task, "args": request.args, **options})
     # NaN and infinity are written as null, so only arguments with a null in them can hold one.

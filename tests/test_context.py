@@ -1,0 +1,301 @@
+"""What a handler may say and learn through its context; the worker runs in this process, on a real database."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import anyio
+import anyio.to_thread
+import asyncpg
+import msgspec
+import pytest
+import structlog
+
+from clarion.db import Database
+from clarion.job import Job, NewJob
+from clarion.settings import Settings
+from clarion.store import Store
+from clarion_worker import Cancelled, Context, Retry, SyncContext, Worker
+from clarion_worker.lines import HandlerLog
+from clarion_worker.service import WorkerService
+from running import Client, client, in_one_task, running_worker
+
+entered: list[str] = []
+
+
+@asynccontextmanager
+async def shared() -> AsyncIterator[dict[str, str]]:
+    """What the handlers of these tests share."""
+    entered.append("open")
+    yield {"greeting": "hello"}
+    entered.append("closed")
+
+
+worker = Worker(lifespan=shared)
+seen: dict[str, Any] = {}
+started = threading.Event()
+
+
+@worker.task("progress")
+async def progress(*, ctx: Context) -> str:
+    await ctx.progress(1, total=3, message="one of three")
+    return "done"
+
+
+@worker.task("sync-progress")
+def sync_progress(*, ctx: SyncContext) -> str:
+    ctx.progress(2, 4)
+    ctx.heartbeat({"page": 7})
+    return "done"
+
+
+@worker.task("checkpoint", max_attempts=2, backoff="1ms")
+async def checkpoint(*, ctx: Context) -> Any:
+    if ctx.checkpoint is None:
+        await ctx.heartbeat({"page": 41})
+        raise RuntimeError("half-way")
+    return ctx.checkpoint
+
+
+@worker.task("talks")
+async def talks(lines: int, *, ctx: Context) -> None:
+    bound = ctx.log.bind(part="first")
+    for n in range(lines):
+        bound.info("line %d", n, odd=bool(n % 2))
+    ctx.log.error("it went wrong", code=7)
+
+
+@worker.task("odd-lines")
+async def odd_lines(*, ctx: Context) -> None:
+    ctx.log.warning("a NUL \x00 and half a pair \ud800", path="\x00", thing=object())
+    ctx.log.info("large", text="x" * 100_000)
+
+
+@worker.task("waits")
+async def waits(*, ctx: Context) -> str:
+    started.set()
+    await anyio.sleep_forever()
+    return "never"
+
+
+@worker.task("succeeds-all-the-same")
+async def succeeds_all_the_same() -> str:
+    started.set()
+    try:
+        await anyio.sleep_forever()
+    except anyio.get_cancelled_exc_class():
+        return "too late to stop"
+    return "never"
+
+
+@worker.task("waits-in-thread")
+def waits_in_thread(*, ctx: SyncContext) -> str:
+    started.set()
+    try:
+        while True:
+            ctx.progress(0)
+    except Cancelled:
+        seen["cancelled"] = ctx.cancelled
+        raise
+
+
+@worker.task("state")
+async def state(*, ctx: Context) -> Any:
+    return ctx.state["greeting"]
+
+
+@worker.task("retries", max_attempts=3)
+async def retries(*, ctx: Context) -> int:
+    if ctx.attempt == 1:
+        raise Retry("1ms", "the quota is used up")
+    return ctx.attempt
+
+
+@worker.task("transfers", max_attempts=1)
+async def transfers(mode: str, *, ctx: Context) -> str:
+    connection = await asyncpg.connect(seen["database_url"])
+    try:
+        async with connection.transaction():
+            await connection.execute("insert into effects (job_id) values ($1)", ctx.job.id)
+            await ctx.complete_in(connection, {"mode": mode})
+            if mode == "roll back":
+                raise RuntimeError("after all not")
+        if mode == "fail afterwards":
+            raise RuntimeError("but it is done")
+    except RuntimeError:
+        if mode == "fail afterwards":
+            raise
+    finally:
+        await connection.close()
+    return "not the result"
+
+
+@worker.task("outside", max_attempts=1)
+async def outside(*, ctx: Context) -> None:
+    connection = await asyncpg.connect(seen["database_url"])
+    try:
+        await ctx.complete_in(connection)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def clarion(settings: Settings, database: Database) -> AsyncIterator[Client]:
+    """A client and a worker on this file's database."""
+    started.clear()
+    seen.clear()
+    entered.clear()
+    seen["database_url"] = settings.database_url
+    await database.fetch("create table if not exists public.effects (job_id uuid)")
+    await database.fetch("truncate public.effects, clarion.job_logs, clarion.job_events")
+    with_limit = msgspec.structs.replace(settings, job_log_max_lines=20)
+    async with in_one_task(client(settings)) as inner, in_one_task(running_worker(worker, with_limit)):
+        yield inner
+
+
+async def run(clarion: Client, task: str, **args: Any) -> Job:
+    return await clarion.run(NewJob(task=task, args=msgspec.json.encode(args).decode()))
+
+
+async def cancel(clarion: Client, job_id: UUID) -> None:
+    """Asks for a running job's end, as the API does."""
+    await clarion.store.cancel_jobs([job_id], actor="api")
+    clarion.ringer.mark(cancelled=[job_id])
+
+
+async def test_progress_is_stored_with_the_job(clarion: Client) -> None:
+    job = await run(clarion, "progress")
+    assert job.state == "succeeded"
+    assert msgspec.json.decode(job.progress or "") == {"current": 1, "total": 3, "message": "one of three"}
+
+
+async def test_a_handler_in_a_thread_says_its_progress_too(clarion: Client) -> None:
+    job = await run(clarion, "sync-progress")
+    assert job.result == '"done"'
+    assert msgspec.json.decode(job.progress or "")["current"] == 2
+
+
+async def test_a_checkpoint_is_handed_to_the_next_attempt(clarion: Client) -> None:
+    job = await run(clarion, "checkpoint")
+    assert (job.result, job.attempt, job.errors) == ('{"page":41}', 2, 1)
+
+
+async def test_what_a_handler_logs_is_kept_with_the_job_in_order(clarion: Client) -> None:
+    job = await run(clarion, "talks", lines=2)
+    lines = await clarion.store.list_logs(job.id, after=None, limit=100)
+    assert [(line.n, line.level, line.message) for line in lines] == [
+        (1, "info", "line 0"),
+        (2, "info", "line 1"),
+        (3, "error", "it went wrong"),
+    ]
+    assert msgspec.json.decode(lines[1].fields or "") == {"part": "first", "odd": True}
+    assert msgspec.json.decode(lines[2].fields or "") == {"code": 7}
+
+
+def test_an_exception_is_logged_with_its_traceback() -> None:
+    kept: list[tuple[str, str, dict[str, Any]]] = []
+    with structlog.testing.capture_logs():
+        log = HandlerLog(structlog.get_logger().bind(), lambda *line: kept.append(line))
+        try:
+            raise ValueError("oops")
+        except ValueError:
+            log.exception("it went %s", "wrong")
+    ((level, message, fields),) = kept
+    assert (level, message) == ("error", "it went wrong")
+    assert "ValueError: oops" in fields["exception"]
+
+
+async def test_a_handler_that_talks_too_much_is_cut_short_and_it_shows(clarion: Client) -> None:
+    job = await run(clarion, "talks", lines=100)
+    lines = await clarion.store.list_logs(job.id, after=None, limit=100)
+    assert (len(lines), lines[-1].message) == (20, "82 more lines of this attempt were not kept")
+
+
+async def test_lines_that_postgres_refuses_are_made_fit(clarion: Client) -> None:
+    job = await run(clarion, "odd-lines")
+    odd, large = await clarion.store.list_logs(job.id, after=None, limit=100)
+    assert odd.message.startswith("a NUL \N{REPLACEMENT CHARACTER}")
+    assert len(large.fields or "") < 5_000
+
+
+@pytest.mark.parametrize("task", ["waits", "waits-in-thread"])
+async def test_a_cancelled_job_ends_its_handler_at_once(clarion: Client, task: str) -> None:
+    (job_id,) = await clarion.enqueue(NewJob(task=task))
+    await anyio.to_thread.run_sync(started.wait)
+    await cancel(clarion, job_id)
+    job = await clarion.final(job_id)
+    assert job.state == "cancelled"
+    assert seen.get("cancelled", True)
+
+
+async def test_success_wins_over_a_cancellation_that_was_under_way(clarion: Client) -> None:
+    (job_id,) = await clarion.enqueue(NewJob(task="succeeds-all-the-same"))
+    await anyio.to_thread.run_sync(started.wait)
+    await cancel(clarion, job_id)
+    job = await clarion.final(job_id)
+    assert (job.state, job.result) == ("succeeded", '"too late to stop"')
+
+
+async def test_handlers_share_what_the_lifespan_opened(clarion: Client) -> None:
+    assert (await run(clarion, "state")).result == '"hello"'
+    assert entered == ["open"]
+
+
+async def test_the_lifespan_is_closed_after_the_last_handler(settings: Settings, database: Database) -> None:
+    entered.clear()
+    async with in_one_task(running_worker(worker, settings)) as service:
+        while not entered:
+            await anyio.lowlevel.checkpoint()
+        assert service.stuck == 0
+    assert entered == ["open", "closed"]
+
+
+async def test_a_handler_may_say_when_the_next_attempt_is(clarion: Client) -> None:
+    job = await run(clarion, "retries")
+    assert (job.result, job.errors) == ("2", 1)
+    (attempt, _) = await clarion.store.list_attempts(job.id)
+    assert (attempt.error_type, attempt.error_message) == ("Retry", "the quota is used up")
+    assert attempt.next_run_at is not None
+    assert attempt.ended_at is not None
+    assert (attempt.next_run_at - attempt.ended_at).total_seconds() < 1
+
+
+async def effects(clarion: Client, job: Job) -> int:
+    rows = await clarion.database.fetch("select count(*) from public.effects where job_id = $1", job.id)
+    return int(rows[0]["count"])
+
+
+async def test_an_effect_and_its_completion_are_committed_together(clarion: Client) -> None:
+    job = await run(clarion, "transfers", mode="commit")
+    assert (job.state, job.result, await effects(clarion, job)) == ("succeeded", '{"mode":"commit"}', 1)
+
+
+async def test_a_transaction_that_is_rolled_back_takes_the_completion_with_it(clarion: Client) -> None:
+    job = await run(clarion, "transfers", mode="roll back")
+    assert (job.state, job.error_type, await effects(clarion, job)) == ("dead", "TransactionRolledBack", 0)
+
+
+async def test_what_fails_after_the_commit_changes_nothing(clarion: Client) -> None:
+    job = await run(clarion, "transfers", mode="fail afterwards")
+    assert (job.state, await effects(clarion, job)) == ("succeeded", 1)
+
+
+async def test_complete_in_wants_an_open_transaction(clarion: Client) -> None:
+    job = await run(clarion, "outside")
+    assert (job.state, job.error_type) == ("dead", "UsageError")
+    assert "transaction" in (job.error_message or "")
+
+
+async def test_a_worker_that_is_told_to_drain_ends(settings: Settings, store: Store) -> None:
+    quick = msgspec.structs.replace(settings, lease_seconds=1)
+    service = WorkerService(worker, quick, stop=anyio.Event())
+
+    async def tell() -> None:
+        while not await store.drain_worker(service.id):
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(tell)
+        assert await service.run() == 0
