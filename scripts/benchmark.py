@@ -2,8 +2,7 @@
 """How fast Clarion is, beside the floor: the same statements driven by bare asyncpg, in the same run.
 
 Absolute figures mean little on a shared machine; the ratio to the floor does. Each workload is the median of several
-rounds, with the least and the most, and the CPU seconds that Postgres and our processes spent on 1,000 jobs.
-"""
+rounds, with the least and the most, and the CPU seconds that Postgres and our processes spent on 1,000 jobs."""
 
 import environment  # isort: skip  # noqa: F401  first: makes the imports below work
 

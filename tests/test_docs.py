@@ -1,16 +1,21 @@
 """README is code: its commands run, its examples work, its table is the settings."""
 
 import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx2
+import pytest
 
 from clarion.cli.settings import markdown_table
-from clarion.job import TRANSITIONS, JobState
-from clarion.settings import describe_settings
+from clarion.db import Database
+from clarion.job import TRANSITIONS, JobState, NewJob
+from clarion.settings import Settings, describe_settings
+from running import client, running_worker
 from verification import clarion, running
 
 ROOT = Path(__file__).parents[1]
@@ -53,9 +58,13 @@ async def test_the_tour_works_as_printed() -> None:
             assert said
 
 
+def python_blocks() -> list[str]:
+    """The handlers, those with a lifespan, and the client; as README shows them."""
+    return [content for language, content in blocks(section("Your own handlers")) if language == "python"]
+
+
 async def test_the_handlers_of_the_readme_run(tmp_path: Path) -> None:
-    (example,) = [content for language, content in blocks(section("Your own handlers")) if language == "python"]
-    (tmp_path / "tasks.py").write_text(example)
+    (tmp_path / "tasks.py").write_text(python_blocks()[0])
     async with dev(tmp_path, "tasks:worker") as url, httpx2.AsyncClient(base_url=url, timeout=30) as http:
 
         async def run(**job: object) -> dict[str, object]:
@@ -67,9 +76,34 @@ async def test_the_handlers_of_the_readme_run(tmp_path: Path) -> None:
         mail = {"task": "email.send", "queue": "mail"}
         sent = await run(**mail, args={"to": "ada@example.org", "order_id": 7})
         assert sent["result"] == {"sent_to": "ada@example.org", "attempt": 1}
+        logs = await http.get(f"/v1/jobs/{sent['id']}/logs")
+        assert [line["message"] for line in logs.json()["lines"]] == ["rendering"]
         refused = await run(**mail, args={"to": "ada@example.invalid", "order_id": 7})
         assert (refused["state"], refused["dead_reason"]) == ("dead", "not_retryable")
         assert (await run(task="report.build", args={"day": "2026-11-21"}))["result"] == "the report of 2026-11-21"
+        assert (await run(task="video.encode", args={"path": "a.mov"}))["result"] == "A.MOV"
+
+        script = tmp_path / "enqueue.py"
+        script.write_text(python_blocks()[2].replace("http://127.0.0.1:8080", url))
+        done = await anyio.run_process([sys.executable, str(script)], cwd=tmp_path)
+        assert done.stdout.decode().strip() == str({"sent_to": "ada@example.org", "attempt": 1})
+
+
+async def test_the_shared_pool_and_the_transaction_of_the_readme_work(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLARION_DATABASE_URL", settings.database_url)
+    names: dict[str, Any] = {}
+        "import os, asyncpg\nfrom contextlib import asynccontextmanager\nfrom clarion_worker import Context, Worker\n"
+    )
+    exec(python_blocks()[1], names)  # noqa: S102  README's own example
+    await database.fetch("create table public.accounts (id integer, balance integer)")
+    await database.fetch("insert into public.accounts values (1, 10)")
+    async with client(settings) as inner, running_worker(names["worker"], settings):
+        job = await inner.run(NewJob(task="account.credit", args='{"account": 1, "amount": 5}'))
+    assert (job.state, job.result) == ("succeeded", '{"credited":5}')
+    rows = await database.fetch("select balance from public.accounts")
+    assert [row["balance"] for row in rows] == [15]
 
 
 def test_the_table_of_settings_is_the_settings() -> None:
@@ -92,7 +126,7 @@ def test_the_diagram_of_the_states_shows_every_edge_and_no_other() -> None:
         for verb in verbs.split(", ")
     }
     stated = {
-        (source, target, name.removesuffix("_jobs")) for name, edges in TRANSITIONS.items() for source, target in edges
+        (source, target, re.sub("_jobs?$", "", name)) for name, edges in TRANSITIONS.items() for source, target in edges
     }
     assert drawn == stated
 
