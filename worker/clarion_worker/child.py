@@ -36,17 +36,16 @@ from clarion.log import configure_logging
 from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
 from clarion.texts import storable
-from clarion_worker.calls import Standing
-from clarion_worker.context import SyncContext
+from clarion_worker.arguments import CONTEXT_PARAMETER
+from clarion_worker.calls import Connection, Standing, complete_on
+from clarion_worker.context import Context, SyncContext
 from clarion_worker.frames import (
     EXIT_SECONDS,
     Answer,
-    Call,
-    CallRefused,
     Cancel,
+    Channel,
     Finished,
     Launch,
-    Note,
     Ready,
     Run,
     Target,
@@ -64,88 +63,58 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OOM_SCORE = 300
 
 
-class Channel:
-    """What one attempt and its worker say to each other; every thread of the handler may use it."""
-
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
-        self._calling, self._sending, self._ending = threading.Lock(), threading.Lock(), threading.Lock()
-        self._answers: SimpleQueue[Answer] = SimpleQueue()
-        self._cancelled = False
-        self._stop: Callable[[], None] | None = None
-        self.closed = False
-
-    def call(self, kind: str, content: object) -> object:
-        """The worker's answer. Raises CallRefused; TypeError or ValueError for content that is not JSON."""
-        with self._calling:
-            with self._sending:
-                if self.closed:
-                    raise CallRefused("the attempt has ended")
-                self._wire.send(Call(kind, content))
-            answer = self._answers.get()
-        if answer.error is not None:
-            raise CallRefused(answer.error)
-        return answer.content
-
-    def tell(self, kind: str, content: object) -> None:
-        """Tells the worker, without an answer; nothing once the attempt has ended."""
-        with self._sending:
-            if not self.closed:
-                self._wire.send(Note(kind, content))
-
-    def is_cancelled(self) -> bool:
-        """Whether the handler was told to end."""
-        return self._cancelled
-
-    def finish(self, finished: Finished) -> None:
-        """The last word of the attempt."""
-        with self._sending:
-            self.closed = True
-            self._wire.send(finished)
-
-    def answer(self, answer: Answer) -> None:
-        """For the thread that reads: wakes the caller."""
-        self._answers.put(answer)
-
-    def cancel(self) -> None:
-        """For the thread that reads: the handler is to end."""
-        with self._ending:
-            self._cancelled, stop = True, self._stop
-        if stop is not None:
-            stop()
-
-    def on_cancel(self, stop: Callable[[], None]) -> None:
-        """Has `stop` called once, from whichever thread, when the handler is to end."""
-        with self._ending:
-            self._stop, cancelled = stop, self._cancelled
-        if cancelled:
-            stop()
-
-
-class _Calls:
-    """What a context asks of the worker, as calls and notes of the kinds `beat` and `line`."""
+class SyncCalls:
+    """What a `def` handler asks of the worker; `Calls.hear` hears it there."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self.is_cancelled = channel.is_cancelled
 
     def beat(self, progress: str | None, checkpoint: str | None) -> Standing:
         """Extends the lease; waits for the answer."""
-        return Standing(str(self._channel.call("beat", {"progress": progress, "checkpoint": checkpoint})))
+        return Standing(str(self._channel.call("beat", [progress, checkpoint])))
 
-    def add(self, level: str, message: str, fields: dict[str, Any]) -> None:
-        """Hands over a line for the job's log."""
-        line = {"level": level, "message": storable(message, MESSAGE_MAX_CHARS)}
-        try:
-            self._channel.tell("line", line | {"fields": fields})
-        except (TypeError, ValueError, RecursionError):  # what cannot be JSON goes as its text
-            self._channel.tell("line", line | {"fields": {"fields": ascii(fields)}})
+    def is_ending(self) -> bool:
+        """Whether the attempt is to end."""
+        return self._channel.is_cancelled()
 
 
-def make_context(lease: Lease, channel: Channel) -> SyncContext:
+class AsyncCalls:
+    """What an `async def` handler asks of the worker; it waits in a thread."""
+
+    def __init__(self, channel: Channel, lease: Lease, settings: Settings) -> None:
+        self._channel = channel
+        self._lease = lease
+        self._settings = settings
+
+    async def beat(self, progress: str | None, checkpoint: str | None) -> Standing:
+        """Extends the lease."""
+        return Standing(str(await asyncio.to_thread(self._channel.call, "beat", [progress, checkpoint])))
+
+    async def complete_in(self, connection: Connection, result: object) -> None:
+        """Finishes the job in an open transaction."""
+        await asyncio.to_thread(self._channel.call, "committing", None)
+        await complete_on(connection, self._lease, result, settings=self._settings)
+
+    def is_ending(self) -> bool:
+        """Whether the attempt is to end."""
+        return self._channel.is_cancelled()
+
+
+def make_context(run: Run, channel: Channel, settings: Settings, *, is_async: bool) -> Context | SyncContext:
     """What a handler with a parameter `ctx` is given."""
-    bound, calls = log.bind(job_id=str(lease.id), task=lease.task, attempt=lease.attempt), _Calls(channel)
-    return SyncContext(lease, HandlerLog(bound, calls), calls)
+    lease = run.lease
+
+    def keep(level: str, message: str, fields: dict[str, Any]) -> None:
+        line = [level, storable(message, MESSAGE_MAX_CHARS)]
+        try:
+            channel.tell("line", [*line, fields])
+        except (ValueError, RecursionError):  # what cannot be sent as it is goes as its text
+            channel.tell("line", [*line, {"fields": ascii(fields)}])
+
+    handler_log = HandlerLog(log.bind(job_id=str(lease.id), task=lease.task, attempt=lease.attempt), keep)
+    if is_async:
+        return Context(lease, handler_log, AsyncCalls(channel, lease, settings))
+    return SyncContext(lease, handler_log, SyncCalls(channel))
 
 
 class _Unfit(Exception):
@@ -155,13 +124,13 @@ class _Unfit(Exception):
         self.dead_reason = dead_reason
 
 
-def perform(run: Run, channel: Channel, *, result_max_bytes: int) -> Finished:
+def perform(run: Run, channel: Channel, settings: Settings) -> Finished:
     """Makes one attempt; never raises for anything that a handler or its module does."""
     lease = run.lease
     try:
-        result = _invoke(_find(run.target), lease, channel)
+        result = _invoke(run, channel, settings)
         try:
-            encoded = encode_result(result, max_bytes=result_max_bytes)
+            encoded = encode_result(result, max_bytes=settings.result_max_bytes)
         except ValueError as error:
             raise _Unfit(DeadReason.RESULT_UNSTORABLE) from error
         return Finished(completion=Completion(lease.id, lease.token, encoded))
@@ -170,19 +139,20 @@ def perform(run: Run, channel: Channel, *, result_max_bytes: int) -> Finished:
 
 
 def _finished(lease: Lease, error: BaseException, *, was_cancelled: bool) -> Finished:
+    dead_reason: DeadReason | None = None
     match error:
-        case Cancelled():
-            return Finished()
-        case asyncio.CancelledError() if was_cancelled:
-            return Finished()
         case Snooze():
             return Finished(snoozing=Snoozing(lease.id, lease.token, error.delay_seconds))
+        case asyncio.CancelledError() if not was_cancelled:
+            error = asyncio.CancelledError("the handler cancelled itself").with_traceback(error.__traceback__)
+        case Cancelled() | asyncio.CancelledError():
+            return Finished()
         case Discard():
-            return Finished(failure=failure(lease, error, dead_reason=DeadReason.NOT_RETRYABLE))
+            dead_reason = DeadReason.NOT_RETRYABLE
         case _Unfit():
-            return Finished(failure=failure(lease, error.__cause__ or error, dead_reason=error.dead_reason))
-        case _:
-            return Finished(failure=failure(lease, error))
+            dead_reason = error.dead_reason
+            error = error.__cause__ or error
+    return Finished(failure=failure(lease, error, dead_reason=dead_reason))
 
 
 def _find(target: Target) -> Task[..., Any]:
@@ -190,13 +160,14 @@ def _find(target: Target) -> Task[..., Any]:
     return found.tasks[target.task] if isinstance(found, Worker) else found
 
 
-def _invoke(task: Task[..., Any], lease: Lease, channel: Channel) -> Any:
+def _invoke(run: Run, channel: Channel, settings: Settings) -> Any:
+    task = _find(run.target)
     try:
-        arguments = task.arguments.decode(lease.args)
+        arguments = task.arguments.decode(run.lease.args)
     except ValueError as error:
         raise _Unfit(DeadReason.UNDECODABLE_PAYLOAD) from error
     if task.arguments.wants_context:
-        arguments["ctx"] = make_context(lease, channel)
+        arguments[CONTEXT_PARAMETER] = make_context(run, channel, settings, is_async=task.is_async)
     # What the handler sets in its context variables reaches no later attempt.
     return contextvars.copy_context().run(_call, partial(task.handler, **arguments), channel)
 
@@ -268,24 +239,35 @@ def _go_before_the_worker() -> None:
         score.write_text(str(min(1000, int(score.read_text()) + _OOM_SCORE)))
 
 
-def _ignore_signals(connection: socket.socket) -> None:
-    """Only the worker decides; a service manager signals every process while the worker still drains."""
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+def _ignore_signals() -> None:
+    """Only the worker decides; a service manager signals every process while the worker still drains.
 
-    def leave_alone() -> None:
-        connection.close()
+    What a handler forks is to end when it is told so, at once: else `terminate` of a multiprocessing pool does not.
+    """
+    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    forking = threading.local()
+
+    def hold() -> None:
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def let_go() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)
+
+    def obey() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+        let_go()
 
-    # What a handler forks is to end when it is told so, and neither speaks for the handler nor keeps the socket open.
-    os.register_at_fork(after_in_child=leave_alone)
+    os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=obey)
 
 
 def main() -> None:
     """Makes attempts until the worker is gone, or wants this process gone. The argument is the pipe's descriptor."""
     _die_with(int(sys.argv.pop()))
     connection = _take_over_standard_streams()
-    _ignore_signals(connection)
+    # What a handler forks neither speaks for it nor keeps the socket open after it.
+    os.register_at_fork(after_in_child=connection.close)
+    _ignore_signals()
     _go_before_the_worker()
     faulthandler.enable()
     with suppress(EOFError, OSError):
@@ -297,13 +279,13 @@ def _serve(wire: Wire) -> None:
     if not isinstance(launch, Launch):
         raise TypeError(f"the worker began with {type(launch).__name__}")
     sys.path[:] = launch.sys_path
-    configure_logging(Settings(log_format=launch.log_format, log_level=launch.log_level))
+    configure_logging(launch.settings)
     runs: SimpleQueue[tuple[Run, Channel] | None] = SimpleQueue()
     threading.Thread(target=_listen, args=(wire, runs), name="clarion-worker", daemon=True).start()
     wire.send(Ready())
     while (next_run := runs.get()) is not None:
         run, channel = next_run
-        channel.finish(perform(run, channel, result_max_bytes=launch.result_max_bytes))
+        channel.finish(perform(run, channel, launch.settings))
 
 
 if __name__ == "__main__":

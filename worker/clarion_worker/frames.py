@@ -9,11 +9,15 @@ import os
 import select
 import socket
 import struct
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import msgspec
 
 from clarion.execution import Completion, Failure, Lease, Snoozing
+from clarion.settings import Settings
 
 # Far above any payload or result: a greater length is none.
 FRAME_MAX_BYTES = 1 << 28
@@ -43,9 +47,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a child takes over from its worker."""
 
     sys_path: list[str]
-    log_format: str
-    log_level: str
-    result_max_bytes: int
+    settings: Settings
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
@@ -106,7 +108,8 @@ TO_WORKER: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 
 def frame_of(message: ToChild | ToWorker) -> bytes:
     """The bytes that carry the message; raises TypeError or ValueError for content that is not JSON or too large."""
-    body = msgspec.json.encode(message)
+    # A log line must not fail what it tells about, so what is no JSON in it goes as its text.
+    body = msgspec.json.encode(message, enc_hook=repr if isinstance(message, Note) else None)
     if len(body) > FRAME_MAX_BYTES:
         raise ValueError(f"the message has {len(body)} bytes, more than the {FRAME_MAX_BYTES} allowed")
     return _HEADER.pack(len(body)) + body
@@ -146,3 +149,61 @@ class Wire:
                 raise EOFError
             data += chunk
         return bytes(data)
+
+
+class Channel:
+    """What one attempt and its worker say to each other; every thread of the handler may use it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._calling, self._sending, self._ending = threading.Lock(), threading.Lock(), threading.Lock()
+        self._answers: SimpleQueue[Answer] = SimpleQueue()
+        self._cancelled = False
+        self._stop: Callable[[], None] | None = None
+        self.closed = False
+
+    def call(self, kind: str, content: object) -> object:
+        """The worker's answer. Raises CallRefused; TypeError or ValueError for content that is not JSON."""
+        with self._calling:
+            with self._sending:
+                if self.closed:
+                    raise CallRefused("the attempt has ended")
+                self._wire.send(Call(kind, content))
+            answer = self._answers.get()
+        if answer.error is not None:
+            raise CallRefused(answer.error)
+        return answer.content
+
+    def tell(self, kind: str, content: object) -> None:
+        """Tells the worker, without an answer; nothing once the attempt has ended."""
+        with self._sending:
+            if not self.closed:
+                self._wire.send(Note(kind, content))
+
+    def is_cancelled(self) -> bool:
+        """Whether the handler was told to end."""
+        return self._cancelled
+
+    def finish(self, finished: Finished) -> None:
+        """The last word of the attempt."""
+        with self._sending:
+            self.closed = True
+            self._wire.send(finished)
+
+    def answer(self, answer: Answer) -> None:
+        """For the thread that reads: wakes the caller."""
+        self._answers.put(answer)
+
+    def cancel(self) -> None:
+        """For the thread that reads: the handler is to end."""
+        with self._ending:
+            self._cancelled, stop = True, self._stop
+        if stop is not None:
+            stop()
+
+    def on_cancel(self, stop: Callable[[], None]) -> None:
+        """Has `stop` called once, from whichever thread, when the handler is to end."""
+        with self._ending:
+            self._stop, cancelled = stop, self._cancelled
+        if cancelled:
+            stop()

@@ -13,11 +13,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import anyio
+import msgspec
 from anyio.abc import TaskGroup
 
 from clarion.errors import ClarionError, UsageError
@@ -43,7 +44,7 @@ from clarion_worker.frames import (
 from clarion_worker.registry import Task, Worker
 
 # Answers what a handler says: its kind and its content, both up to the handler's context. A ClarionError or ValueError
-# is raised in the handler as CallRefused. It runs outside the attempt's task, so a cancellation does not interrupt it.
+# is raised in the handler as CallRefused. It runs outside the attempt's task: only the process's end interrupts it.
 OnMessage = Callable[[str, object], Awaitable[object]]
 
 _START_SECONDS = 30.0
@@ -81,7 +82,10 @@ class _Child:
 
     async def run(self, run: Run, on_message: OnMessage, *, grace_seconds: float) -> Completion | Failure | Snoozing:
         """See `Processes.run`."""
-        frame = frame_of(run)
+        try:
+            frame = frame_of(run)
+        except ValueError as error:
+            raise ProcessDied(f"its process could not be told what to run: {error}") from error
         await self._ready.wait()
         if self._death is not None:
             raise ProcessDied(self._death)
@@ -173,12 +177,14 @@ class _Child:
 
     async def bury(self) -> None:
         """Returns when the process has gone, with all that it left in its group."""
+        cause = "the worker ended before the process had started"
         if self._process is not None:
             self._writer.close()  # which asks it to leave
             with anyio.move_on_after(EXIT_SECONDS):
                 await self._process.wait()
             self._kill_group()
-            self._death = self._death or _cause(await self._process.wait())
+            cause = _cause(await self._process.wait())
+        self._death = self._death or cause
         self._held.close()
         self._ready.set()
         if self._attempt is not None:
@@ -248,12 +254,9 @@ async def open_processes(
 
     `grace_seconds` is what a handler that was told to end has until its process is killed.
     """
-    launch = Launch(
-        sys_path=sys.path,
-        log_format=settings.log_format,
-        log_level=settings.log_level,
-        result_max_bytes=min(settings.result_max_bytes, FRAME_MAX_BYTES // 4),  # so that it fits, escaped, into a frame
-    )
+    # A result has to fit into a frame, where its quotes are escaped.
+    result_max_bytes = min(settings.result_max_bytes, FRAME_MAX_BYTES // 4)
+    launch = Launch(sys_path=sys.path, settings=msgspec.structs.replace(settings, result_max_bytes=result_max_bytes))
     async with anyio.create_task_group() as group:
         try:
             yield Processes(group, launch, processes_max=processes_max, grace_seconds=grace_seconds)
@@ -261,16 +264,16 @@ async def open_processes(
             group.cancel_scope.cancel()
 
 
-def target_of(task: Task[..., Any], *, modules: Sequence[str] = ()) -> Target:
-    """Where a child finds the task: in the module of its handler, or in one of `modules`, all imported here.
+def target_of(task: Task[..., Any]) -> Target:
+    """Where a child finds the task: preferably in its handler's module, else in any that has been imported here.
 
     Raises UsageError for a task that no child could find.
     """
     home = task.handler.__module__
-    for name in (home, *modules):
-        attribute = _attribute_with(task, name)
-        if attribute is not None and name != "__main__":
-            return Target(name, attribute, task.name)
+    for module in (home, *sys.modules):
+        name = _global_with(task, module)
+        if name is not None and module != "__main__":
+            return Target(module, name, task.name)
     if home == "__main__":
         raise UsageError(
             f"task {task.name} runs in a process of its own, which cannot import the script that was started "
@@ -282,10 +285,12 @@ def target_of(task: Task[..., Any], *, modules: Sequence[str] = ()) -> Target:
     )
 
 
-def _attribute_with(task: Task[..., Any], module: str) -> str | None:
-    for attribute, value in getattr(sys.modules.get(module), "__dict__", {}).items():
-        if value is task or (isinstance(value, Worker) and value.tasks.get(task.name) is task):
-            return attribute
+def _global_with(task: Task[..., Any], module: str) -> str | None:
+    names: dict[str, object] = getattr(sys.modules.get(module), "__dict__", None) or {}
+    for name, value in names.items():
+        # Not isinstance: it would ask a stranger's proxy what it stands for.
+        if value is task or (type(value) is Worker and value.tasks.get(task.name) is task):
+            return name
     return None
 
 
