@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from clarion.api.app import create_app
 from clarion.api.operation import Operation, routes
 from clarion.api.services import Adder, Services
+from clarion.claims import Claims
 from clarion.endings import Endings
 from clarion.execution import (
     Beat,
@@ -29,7 +30,8 @@ from clarion.execution import (
     Release,
     Snoozing,
 )
-from clarion.job import Enqueued, NewJob
+from clarion.job import Enqueued, JobState, NewJob
+from clarion.roster import Roster
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.waits import Waits
@@ -85,6 +87,8 @@ def services_over(store: Store, settings: Settings, *, enqueuer: Adder | None = 
         endings=PlainEndings(store, ringer),
         ringer=ringer,
         waits=Waits(store, settings),
+        claims=Claims(store, settings),
+        roster=Roster(store),
         settings=settings,
         draining=anyio.Event(),
     )
@@ -169,5 +173,6 @@ async def claim(store: Store, worker_id: UUID, *, task: str = "work", queue: str
 async def finish(store: Store, worker_id: UUID, *, task: str = "work", result: str | None = None) -> UUID:
     """Runs the next job of a task to its end; its id."""
     lease = await claim(store, worker_id, task=task)
-    assert await store.complete_jobs([Completion(lease.id, lease.token, result)]) == [True]
+    [completed] = await store.complete_jobs([Completion(lease.id, lease.token, result)])
+    assert completed.state == JobState.SUCCEEDED
     return lease.id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID, uuid4
 
 import anyio
@@ -12,21 +12,40 @@ import asyncpg
 import msgspec
 
 from clarion.db import Database, Executor, connect_options, translated_errors
-from clarion.execution import Completion, Failure, Lease, Policy, Release, Snoozing
-from clarion.job import Enqueued, NewJob
+from clarion.execution import Beat, Completion, Failure, Lease, LogLine, Policy, Release, Snoozing
+from clarion.job import Cancelling, Enqueued, Job, JobChange, NewJob, Requeued
 from clarion.settings import Settings
 from clarion.store import Store
 
+Answer: TypeAlias = bool | str | None
+
 TASK = "t"
-# What a worker may say of an attempt. All but `heartbeat` end it.
+ACTOR = "test"
+# What a worker may say of an attempt: while it runs, and to end it.
+BEATS = ("heartbeat", "progress", "log")
 ENDINGS = ("complete", "fail", "snooze", "release")
-VERBS = ("heartbeat", *ENDINGS)
+VERBS = (*BEATS, *ENDINGS)
+# All that an enqueue can say, but for dates and keys.
+EVERY_OPTION: dict[str, Any] = {
+    "args": '{"exact": 1.10}',
+    "queue": "mail",
+    "priority": 5,
+    "max_attempts": 4,
+    "timeout_seconds": 9.5,
+    "backoff_seconds": 1.5,
+    "backoff_cap_seconds": 60.0,
+    "start_within_seconds": 60.0,
+    "total_timeout_seconds": 600.0,
+    "enqueued_by": "api:ada",
+}
 # A row's life, as far as a refused call could have changed it.
 EVERYTHING = """
     select
       (select json_agg(j order by j.id) from clarion.jobs as j)::text as jobs,
       (select json_agg(h order by h.id) from clarion.job_history as h)::text as history,
-      (select json_agg(a order by a.job_id, a.lease_token) from clarion.attempts as a)::text as attempts
+      (select json_agg(a order by a.job_id, a.lease_token) from clarion.attempts as a)::text as attempts,
+      (select json_agg(e order by e.id) from clarion.job_events as e)::text as events,
+      (select json_agg(l order by l.id) from clarion.job_logs as l)::text as logs
 """
 
 
@@ -84,22 +103,45 @@ class Jobs:
     async def attempts(self, job_id: UUID) -> list[asyncpg.Record]:
         return await self.fetch("select * from clarion.attempts where job_id = $1 order by ended_at", job_id)
 
+    async def job(self, job_id: UUID) -> Job:
+        """The job as the store shows it, wherever it lives."""
+        job = await self.store.get_job(job_id)
+        assert job is not None
+        return job
+
+    async def events(self, job_id: UUID) -> list[tuple[str, str, str]]:
+        """What happened to the job besides its attempts: event, actor, and the state it was in then."""
+        return [(item.event, item.actor, item.state) for item in await self.store.list_events(job_id)]
+
     async def everything(self) -> asyncpg.Record:
         """All rows of all jobs, to see that nothing changed."""
         (row,) = await self.fetch(EVERYTHING)
         return row
 
     async def age(self, job_id: UUID, seconds: float) -> None:
-        """Makes the job older, its place in line and its lease with it."""
+        """Makes the job older, its place in line, its lease and its deadlines with it."""
         await self.fetch(
             """
             update clarion.jobs set
               created_at = created_at - d, run_at = run_at - d, sort_key = sort_key - d,
-              started_at = started_at - d, lease_expires_at = lease_expires_at - d
+              started_at = started_at - d, lease_expires_at = lease_expires_at - d, died_at = died_at - d,
+              start_by = start_by - d, finish_by = finish_by - d
             from make_interval(secs => $2::float8) as d where id = $1
             """,
             job_id,
             seconds,
+        )
+
+    async def wear(self, job_id: UUID) -> None:
+        """Makes it a job that has been through much."""
+        await self.fetch(
+            """
+            update clarion.jobs set
+              errors = 1, crashes = 2, snoozes = 3, generation = 2, log_lines = 4, error_type = 'Oops',
+              progress = '{"current": 1}', checkpoint = '{"at": 1}', started_at = coalesce(started_at, now())
+            where id = $1
+            """,
+            job_id,
         )
 
     async def expire(self, job_id: UUID) -> None:
@@ -121,8 +163,24 @@ class Jobs:
         assert other.id == lease.id
         return other
 
-    async def attempt(self, verb: str, lease: Lease, *, store: Store | None = None) -> bool | str | None:
-        """What the store answers to one call of this verb; falsy when the lease is lost."""
+    async def cancel(self, job_id: UUID, *, store: Store | None = None) -> Cancelling:
+        (answer,) = await (store or self.store).cancel_jobs([job_id], actor=ACTOR)
+        return answer
+
+    async def retry(self, job_id: UUID, *, store: Store | None = None, delay_seconds: float = 0) -> Requeued:
+        (answer,) = await (store or self.store).retry_jobs([job_id], [delay_seconds], actor=ACTOR)
+        return answer
+
+    async def change(self, job_id: UUID, *, version: str | None = None, **values: Any) -> Requeued | None:
+        """Changes these columns of a job that waits."""
+        change = JobChange(names=frozenset(values), **values)
+        return await self.store.change_job(job_id, change, version=version, actor=ACTOR)
+
+    async def attempt(self, verb: str, lease: Lease, *, store: Store | None = None) -> Answer:
+        """What the store answers to one call of this verb; falsy when the lease is lost.
+
+        True where a beat took, False where its row was locked; what an ending made of the job.
+        """
         (answer,) = await attempt_all(store or self.store, verb, [lease])
         return answer
 
@@ -172,27 +230,45 @@ class Session:
             await anyio.lowlevel.checkpoint()
 
 
-async def attempt_all(store: Store, verb: str, leases: list[Lease]) -> list[bool | str | None]:
+async def attempt_all(store: Store, verb: str, leases: list[Lease]) -> list[Answer]:
     """One call of this verb for several leases: an answer each, in order."""
     match verb:
         case "complete":
-            return [*await store.complete_jobs([Completion(item.id, item.token, '{"n": 1}') for item in leases])]
+            completed = await store.complete_jobs([Completion(item.id, item.token, '{"n": 1}') for item in leases])
+            return [answer.state for answer in completed]
         case "fail":
-            return [*await store.fail_jobs([failure(item) for item in leases])]
+            return [answer.state for answer in await store.fail_jobs([failure(item) for item in leases])]
         case "snooze":
-            return [*await store.snooze_jobs([Snoozing(item.id, item.token, 60) for item in leases])]
+            snoozings = [Snoozing(item.id, item.token, 60) for item in leases]
+            return [answer.state for answer in await store.snooze_jobs(snoozings)]
         case "release":
-            answers, _ = await store.release_jobs([Release(item.id, item.token) for item in leases])
-            return [*answers]
+            released, _ = await store.release_jobs([Release(item.id, item.token) for item in leases])
+            return [answer.state for answer in released]
+        case "log":
+            return [*await store.record_logs([line(item) for item in leases])]
+        case "heartbeat":
+            beats = [beat(item) for item in leases]
+        case "progress":
+            beats = [beat(item, progress='{"current": 1}', checkpoint='{"at": 1}') for item in leases]
         case _:
-            beats = await store.heartbeat_jobs([Release(item.id, item.token) for item in leases], lease_seconds=30)
-            extended = {beat.id: beat.extended for beat in beats}
-            return [extended.get(item.id) for item in leases]
+            raise AssertionError(verb)
+    extended = {answer.token: answer.extended for answer in await store.heartbeat_jobs(beats)}
+    return [extended.get(item.token) for item in leases]
 
 
 def failure(lease: Lease, **options: Any) -> Failure:
     """The record of an error in this attempt."""
     return Failure(id=lease.id, token=lease.token, **{"error_type": "Oops", "error_message": "no luck"} | options)
+
+
+def beat(lease: Lease, **options: Any) -> Beat:
+    """A wish to hold this lease for longer."""
+    return Beat(id=lease.id, token=lease.token, **options)
+
+
+def line(lease: Lease, n: int = 1, **options: Any) -> LogLine:
+    """A log line of this attempt."""
+    return LogLine(id=lease.id, token=lease.token, n=n, **{"level": "info", "message": f"line {n}"} | options)
 
 
 def with_token(lease: Lease, token: UUID) -> Lease:

@@ -38,12 +38,14 @@ def test_a_job_needs_only_a_task() -> None:
 def test_every_field_arrives() -> None:
     body = (
         b'{"task":"a.b:c/d-e_F9","queue":"q","args":{ "n":1.10 },"priority":-100,"delay":"1.5m","max_attempts":1000,'
-        b'"timeout":"250ms","backoff":0,"backoff_cap":"7d"}'
+        b'"timeout":"250ms","backoff":0,"backoff_cap":"7d","start_within":"1m","total_timeout":"1d",'
+        b'"idempotency_key":"k"}'
     )
     job = decode(body, JobIn).to_new_job()
     assert (job.task, job.queue, job.args, job.priority) == ("a.b:c/d-e_F9", "q", '{ "n":1.10 }', -100)
     assert (job.delay_seconds, job.max_attempts, job.timeout_seconds) == (90, 1000, 0.25)
     assert (job.backoff_seconds, job.backoff_cap_seconds) == (0, 604_800)
+    assert (job.start_within_seconds, job.total_timeout_seconds) == (60, 86_400)
 
 
 def test_everything_that_is_wrong_is_listed_at_once() -> None:
@@ -97,6 +99,11 @@ def test_what_is_no_name_is_refused(field: str, name: object) -> None:
         ("run_at", "2026-01-01"), ("run_at", "2026-01-01T00:00:00"), ("run_at", "2026-02-30T00:00:00Z"),
         ("run_at", 1_700_000_000), ("run_at", "9999-12-31T23:59:59-14:00"), ("run_at", "0001-01-01T00:00:00+14:00"),
         ("run_at", "1969-12-31T23:59:59Z"), ("run_at", ""),
+        ("start_by", "2200-01-01T00:00:01Z"), ("start_by", "1969-12-31T23:59:59Z"), ("start_by", "2026-01-01T00:00:00"),
+        ("start_by", 7), ("start_within", 0), ("start_within", "3651d"), ("start_within", -1), ("start_within", True),
+        ("total_timeout", "0s"), ("total_timeout", "3651d"), ("total_timeout", []),
+        ("idempotency_key", ""), ("idempotency_key", "x" * 256), ("idempotency_key", "a\nb"), ("idempotency_key", 7),
+        ("idempotency_key", "a\x00"), ("idempotency_key", "\u202e"),
         ("args", None), ("args", []), ("args", "{}"), ("args", 1), ("args", False),
         ("id", "x"), ("state", "dead"),
     ],
@@ -120,6 +127,23 @@ def test_a_start_has_to_be_within_ten_years() -> None:
 def test_run_at_and_delay_exclude_each_other() -> None:
     body = msgspec.json.encode({"task": "work", "run_at": datetime.now(UTC), "delay": "1s"})
     assert set(errors_of(body)) == {"/delay"}
+
+
+def test_start_by_and_start_within_exclude_each_other() -> None:
+    body = msgspec.json.encode({"task": "work", "start_by": datetime(2100, 1, 1, tzinfo=UTC), "start_within": "1s"})
+    assert set(errors_of(body)) == {"/start_within"}
+
+
+def test_a_deadline_before_the_start_is_refused() -> None:
+    start = datetime.now(UTC) + timedelta(days=1)
+    late = {"task": "work", "run_at": start, "start_by": start - timedelta(microseconds=1)}
+    assert set(errors_of(msgspec.json.encode(late))) == {"/start_by"}
+    assert decode(msgspec.json.encode(late | {"start_by": start}), JobIn).start_by == start
+
+
+def test_a_key_may_be_any_printable_text() -> None:
+    for key in ("x", "ключ-é 7", "x" * 255, '"', "\\"):
+        assert decode(job_with("idempotency_key", key), JobIn).idempotency_key == key
 
 
 def test_an_unknown_field_is_named_with_the_one_that_was_meant() -> None:

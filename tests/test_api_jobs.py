@@ -1,6 +1,6 @@
 """Enqueueing, showing and listing jobs over HTTP."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -38,8 +38,10 @@ async def test_a_job_is_answered_with_its_address_and_its_whole_representation(c
     assert job == {
         "id": job["id"], "queue": "default", "task": "work", "state": "ready", "priority": 0, "args": {"n": 1},
         "result": None, "attempt": 0, "max_attempts": None, "errors": 0, "crashes": 0, "snoozes": 0,
-        "created_at": job["created_at"], "run_at": job["run_at"], "started_at": None, "finished_at": None,
-        "timeout": None, "worker": None, "dead_reason": None, "error": None,
+        "generation": 1, "created_at": job["created_at"], "run_at": job["run_at"], "started_at": None,
+        "finished_at": None, "timeout": None, "total_timeout": None, "start_by": None, "finish_by": None,
+        "cancel_requested_at": None, "worker": None, "dead_reason": None, "error_type": None, "error": None,
+        "progress": None, "checkpoint": None,
     }  # fmt: skip
 
 
@@ -54,6 +56,9 @@ async def test_a_job_is_answered_with_its_address_and_its_whole_representation(c
         {"run_at": "2026-01-01T00:00:00+02:00"},
         {"timeout": "0.1s"},
         {"timeout": 12345.678, "backoff": "1ms", "backoff_cap": 0},
+        {"start_within": "90s", "total_timeout": "1.5h"},
+        {"delay": "1h", "start_within": 0.25, "total_timeout": 12345.678},
+        {"start_by": "2190-01-01T00:00:00+02:00"},
     ],
 )
 async def test_what_is_answered_is_what_is_read_back(client: httpx2.AsyncClient, fields: dict[str, Any]) -> None:
@@ -68,6 +73,37 @@ async def test_a_delay_counts_from_the_database_s_now(client: httpx2.AsyncClient
     job = await enqueue(client, delay="90s")
     assert job["state"] == "scheduled"
     assert datetime.fromisoformat(job["run_at"]) - datetime.fromisoformat(job["created_at"]) == timedelta(seconds=90)
+
+
+async def test_deadlines_count_from_the_moment_at_which_the_job_is_due(client: httpx2.AsyncClient) -> None:
+    job = await enqueue(client, delay="60s", start_within="10s", total_timeout="5m")
+    due, start_by, finish_by = (datetime.fromisoformat(job[name]) for name in ("run_at", "start_by", "finish_by"))
+    assert (start_by - due, finish_by - due) == (timedelta(seconds=10), timedelta(minutes=5))
+    assert job["total_timeout"] == 300
+
+
+@pytest.mark.parametrize("seconds", [-1, 59])
+async def test_a_deadline_before_the_job_is_due_is_refused(client: httpx2.AsyncClient, seconds: int) -> None:
+    start_by = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+    answer = await client.post("/v1/jobs", json={"task": "work", "delay": "60s", "start_by": start_by})
+    assert (answer.status_code, [error["pointer"] for error in answer.json()["errors"]]) == (422, ["/start_by"])
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+
+
+async def test_a_deadline_just_after_the_job_is_due_is_kept(client: httpx2.AsyncClient) -> None:
+    start_by = datetime.now(UTC) + timedelta(seconds=90)
+    job = await enqueue(client, delay="60s", start_by=start_by.isoformat())
+    assert datetime.fromisoformat(job["start_by"]) == start_by
+
+
+@pytest.mark.parametrize(("headers", "by"), [({}, None), ({"x-clarion-actor": "ada"}, "api:ada")])
+async def test_who_enqueued_a_job_is_kept(
+    client: httpx2.AsyncClient, store: Store, headers: dict[str, str], by: str | None
+) -> None:
+    answer = await client.post("/v1/jobs", json={"task": "work"}, headers=headers)
+    job = await store.get_job(UUID(answer.json()["id"]))
+    assert job is not None
+    assert job.enqueued_by == by
 
 
 async def test_a_start_in_the_past_is_now(client: httpx2.AsyncClient) -> None:
@@ -214,10 +250,41 @@ async def test_a_dead_job_shows_why(client: httpx2.AsyncClient, store: Store, wo
         error_message="<b>no</b>",
         dead_reason=DeadReason.NOT_RETRYABLE,
     )
-    assert await store.fail_jobs([failure]) == ["dead"]
+    await store.fail_jobs([failure])
     shown = (await client.get(f"/v1/jobs/{job['id']}")).json()
     assert (shown["state"], shown["dead_reason"], shown["errors"]) == ("dead", "not_retryable", 1)
     assert shown["error"] == {"type": "ValueError", "message": "<b>no</b>"}
+    assert shown["error_type"] == "ValueError"
+
+
+# -- Versions ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_job_has_an_etag_that_every_write_changes(
+    client: httpx2.AsyncClient, store: Store, worker_id: UUID
+) -> None:
+    url = f"/v1/jobs/{(await enqueue(client))['id']}"
+    tags = [(await client.get(url)).headers["etag"], (await client.get(url)).headers["etag"]]
+    await claim(store, worker_id)
+    tags.append((await client.get(url)).headers["etag"])
+    assert tags[0] == tags[1] != tags[2]
+    assert all(tag.startswith('"') and tag.endswith('"') for tag in tags)
+
+
+@pytest.mark.parametrize("form", ["{0}", "W/{0}", '"x", {0}', "*"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_version_that_is_known_is_not_sent_again(client: httpx2.AsyncClient, method: str, form: str) -> None:
+    url = f"/v1/jobs/{(await enqueue(client))['id']}"
+    tag = (await client.get(url)).headers["etag"]
+    answer = await client.request(method, url, headers={"if-none-match": form.format(tag)})
+    assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
+
+
+@pytest.mark.parametrize("known", ['"0"', "0", "", "W/", '"'])
+async def test_any_other_version_is_answered_whole(client: httpx2.AsyncClient, known: str) -> None:
+    job = await enqueue(client)
+    answer = await client.get(f"/v1/jobs/{job['id']}", headers={"if-none-match": known})
+    assert (answer.status_code, answer.json()) == (200, job)
 
 
 # -- Weather ---------------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ async def test_a_route_that_does_not_exist_is_a_problem(client: httpx2.AsyncClie
     [
         ("DELETE", "/v1/jobs", "GET, HEAD, POST"),
         ("GET", "/v1/jobs/batch", "POST"),
-        ("POST", f"/v1/jobs/{JOB_ID}", "GET, HEAD"),
+        ("POST", f"/v1/jobs/{JOB_ID}", "GET, HEAD, PATCH"),
+        ("GET", f"/v1/jobs/{JOB_ID}/cancel", "POST"),
         ("OPTIONS", "/livez", "GET, HEAD"),
         ("POST", "/problems", "GET, HEAD"),
     ],

@@ -94,8 +94,6 @@ async def test_the_shared_pool_and_the_transaction_of_the_readme_work(
 ) -> None:
     monkeypatch.setenv("CLARION_DATABASE_URL", settings.database_url)
     names: dict[str, Any] = {}
-        "import os, asyncpg\nfrom contextlib import asynccontextmanager\nfrom clarion_worker import Context, Worker\n"
-    )
     exec(python_blocks()[1], names)  # noqa: S102  README's own example
     await database.fetch("create table public.accounts (id integer, balance integer)")
     await database.fetch("insert into public.accounts values (1, 10)")

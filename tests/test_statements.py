@@ -22,7 +22,7 @@ import pytest
 from clarion import migrate, wake
 from clarion.db import connect_options
 from clarion.execution import AttemptOutcome, WorkerRecord
-from clarion.job import DeadReason, JobState
+from clarion.job import DeadReason, JobEvent, JobState
 from clarion.settings import Settings
 from clarion.statements import sql_directory, statement
 from clarion.store import commands, execution, reading, upkeep
@@ -47,6 +47,7 @@ ENUMS: dict[str, type[StrEnum]] = {
     "job_state": JobState,
     "attempt_outcome": AttemptOutcome,
     "dead_reason": DeadReason,
+    "job_event": JobEvent,
 }
 
 
@@ -154,9 +155,9 @@ async def test_a_worker_is_recorded_field_by_field(connection: asyncpg.Connectio
 def test_most_statements_are_decoded_by_somebody() -> None:
     """So that a change of style in the callers cannot make the other tests see nothing."""
     structs = {struct.__name__ for name in QUERIES for struct in wanted(name).structs}
-    assert structs >= {"Enqueued", "Lease", "Heartbeat", "Reaped", "Job", "JobSummary", "Ground", "Applied"}
-    assert wanted("release_jobs").columns == {"released", "queue"}
-    assert wanted("complete_jobs").columns == {"completed"}
+    assert structs >= {"Enqueued", "Lease", "Heartbeat", "Reaped", "Job", "JobSummary", "Ground", "Applied", "Ended"}
+    assert wanted("release_jobs").columns == {"state", "queue"}
+    assert wanted("record_logs").columns == {"kept"}
 
 
 async def test_the_enums_of_postgres_are_those_of_python(connection: asyncpg.Connection[asyncpg.Record]) -> None:

@@ -102,6 +102,23 @@ async def test_a_claim_takes_only_tasks_the_worker_can_run(jobs: Jobs) -> None:
     assert not await jobs.store.claim_jobs(uuid4(), {"default": 10}, {}, lease_seconds=30)
 
 
+async def test_a_claim_may_take_any_task_and_leaves_policies_to_the_settings(jobs: Jobs) -> None:
+    line = [NewJob(task="a", max_attempts=7), NewJob(task="b"), NewJob(task=""), NewJob(task="c", queue="other")]
+    added = await jobs.store.enqueue_jobs(line)
+    leases = await jobs.store.claim_jobs(uuid4(), {"default": 10}, None, lease_seconds=30)
+    assert sorted((lease.id, lease.task, lease.max_attempts) for lease in leases) == [
+        (added[0].id, "a", 7), (added[1].id, "b", None), (added[2].id, "", None),
+    ]  # fmt: skip
+    assert {policy_of(lease)[1] for lease in leases} == {None}
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
+async def test_a_claim_of_any_task_keeps_to_its_limit(jobs: Jobs, count: int) -> None:
+    await jobs.store.enqueue_jobs([NewJob(task=f"t{n}") for n in range(20)])
+    leases = await jobs.store.claim_jobs(uuid4(), {"default": count}, None, lease_seconds=30)
+    assert len({lease.id for lease in leases}) == len(leases) == min(count, 20)
+
+
 @pytest.mark.parametrize("ending", ["complete", "fail", "snooze"])
 async def test_only_ready_jobs_are_claimed(jobs: Jobs, ending: str) -> None:
     lease = await jobs.run()
@@ -119,6 +136,7 @@ async def test_a_lease_says_everything_about_its_job(jobs: Jobs) -> None:
     assert (lease.created_at, lease.run_at) == (added.created_at, added.run_at)
     assert (lease.token, lease.started_at, lease.sort_key) == (row["lease_token"], row["started_at"], row["sort_key"])
     assert row["worker_id"] == jobs.worker_id
+    assert (row["lease_seconds"], lease.generation, lease.checkpoint) == (30, 1, None)
 
 
 async def test_every_claim_has_a_fresh_token(jobs: Jobs) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from clarion.db import Database
 from clarion.errors import Unstorable
-from clarion.execution import AttemptOutcome, Completion, Lease, Release
+from clarion.execution import AttemptOutcome, Completed, Completion, Ended, Lease, Release, Snoozing
 from clarion.job import DeadReason
 from clarion.settings import Settings
-from store_actions import ENDINGS, VERBS, Jobs, attempt_all, failure, with_token
+from store_actions import BEATS, ENDINGS, VERBS, Answer, Jobs, attempt_all, failure, with_token
 
 
 @pytest.fixture
@@ -39,7 +39,8 @@ async def failed_by_another(jobs: Jobs, lease: Lease) -> None:
 
 async def killed_by_another(jobs: Jobs, lease: Lease) -> None:
     other = await jobs.lose(lease)
-    assert await jobs.store.fail_jobs([failure(other, dead_reason=DeadReason.NOT_RETRYABLE)]) == ["dead"]
+    (ended,) = await jobs.store.fail_jobs([failure(other, dead_reason=DeadReason.NOT_RETRYABLE)])
+    assert ended.state == "dead"
 
 
 async def dead_of_crashes(jobs: Jobs, lease: Lease) -> None:
@@ -95,8 +96,7 @@ async def test_a_lost_lease_in_a_batch_does_not_harm_its_neighbours(jobs: Jobs, 
     held, lost = await jobs.run(), await jobs.run()
     other = await jobs.lose(lost)
     answers = await attempt_all(jobs.store, verb, [lost, held, with_token(held, uuid4())])
-    # A heartbeat answers by job, and this one's is held.
-    assert [bool(answer) for answer in answers] == [False, True, verb == "heartbeat"]
+    assert [bool(answer) for answer in answers] == [False, True, False]
     assert (await jobs.row(lost.id))["lease_token"] == other.token
 
 
@@ -109,11 +109,14 @@ async def test_an_attempt_ends_in_one_way_only(jobs: Jobs, first: str, second: s
     assert await jobs.everything() == before
 
 
+@pytest.mark.parametrize("beat", BEATS)
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_an_ended_attempt_has_no_heartbeat(jobs: Jobs, ending: str) -> None:
+async def test_an_ended_attempt_says_nothing_more(jobs: Jobs, ending: str, beat: str) -> None:
     lease = await jobs.run()
     await jobs.attempt(ending, lease)
-    assert await jobs.attempt("heartbeat", lease) is None
+    before = await jobs.everything()
+    assert await jobs.attempt(beat, lease) is None
+    assert await jobs.everything() == before
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -121,7 +124,8 @@ async def test_an_expired_lease_holds_until_somebody_takes_the_job(jobs: Jobs, v
     lease = await jobs.run()
     await jobs.expire(lease.id)
     assert await jobs.attempt(verb, lease)
-    assert not await jobs.store.reap_jobs()
+    # A log line is accepted, but extends nothing.
+    assert len(await jobs.store.reap_jobs()) == (verb == "log")
 
 
 @pytest.mark.parametrize("outcome", [AttemptOutcome.FAILED, AttemptOutcome.TIMEOUT])
@@ -132,7 +136,8 @@ async def test_what_the_reaper_ended_is_not_taken_for_the_workers_own_report(
     await jobs.age(lease.id, 10)
     (reaped,) = await jobs.reaper.reap_jobs()
     assert reaped.timed_out
-    assert await jobs.store.fail_jobs([failure(lease, outcome=outcome)]) == [None]
+    (answer,) = await jobs.store.fail_jobs([failure(lease, outcome=outcome)])
+    assert answer == Ended(None, None)
 
 
 # -- The same call again
@@ -181,14 +186,77 @@ async def test_a_call_that_stands_twice_in_a_batch_counts_once(jobs: Jobs, endin
 async def test_of_two_results_in_a_batch_the_first_is_kept(jobs: Jobs) -> None:
     lease = await jobs.run()
     completions = [Completion(lease.id, lease.token, str(n)) for n in range(5)]
-    assert await jobs.store.complete_jobs(completions) == [True] * 5
+    answers = await jobs.store.complete_jobs(completions)
+    assert [(answer.state, answer.replayed) for answer in answers] == [("succeeded", n > 0) for n in range(5)]
     assert [row["result"] for row in await jobs.fetch("select result from clarion.job_history")] == ["0"]
+
+
+@pytest.mark.parametrize("key", [None, "first"])
+@pytest.mark.parametrize("result", [None, '{"n": 1.10}'])
+async def test_a_repeated_completion_is_told_what_was_stored_first(
+    jobs: Jobs, result: str | None, key: str | None
+) -> None:
+    lease = await jobs.run()
+    (first,) = await jobs.store.complete_jobs([Completion(lease.id, lease.token, result, key)])
+    assert first == Completed("succeeded", replayed=False, completion_key=None, result=None)
+    for other in (Completion(lease.id, lease.token), Completion(lease.id, lease.token, "2", "second")):
+        (again,) = await jobs.store.complete_jobs([other])
+        assert again == Completed("succeeded", replayed=True, completion_key=key, result=result)
+
+
+async def test_a_completion_that_stands_twice_in_a_batch_is_told_what_the_first_stored(jobs: Jobs) -> None:
+    lease, other = await jobs.run(), await jobs.run()
+    first, plain, again = await jobs.store.complete_jobs(
+        [
+            Completion(lease.id, lease.token, "1", "first"),
+            Completion(other.id, other.token, "2"),
+            Completion(lease.id, lease.token, "3", "second"),
+        ]
+    )
+    assert [first.replayed, plain.replayed] == [False, False]
+    assert again == Completed("succeeded", replayed=True, completion_key="first", result="1")
+
+
+async def test_a_lost_completion_is_no_replay(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    await jobs.lose(lease)
+    (answer,) = await jobs.store.complete_jobs([Completion(lease.id, lease.token, "1", "k")])
+    assert answer == Completed(None, replayed=False, completion_key=None, result=None)
+
+
+@pytest.mark.parametrize("ending", ["fail", "snooze"])
+async def test_a_repeated_call_is_told_the_next_run_of_the_first(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+
+    async def end(seconds: float) -> Ended:
+        if ending == "fail":
+            (answer,) = await jobs.store.fail_jobs([failure(lease, retry_in_seconds=seconds)])
+        else:
+            (answer,) = await jobs.store.snooze_jobs([Snoozing(lease.id, lease.token, seconds)])
+        return answer
+
+    first = await end(100)
+    assert first == Ended("scheduled", (await jobs.row(lease.id))["run_at"])
+    assert await end(5000) == first
+    await jobs.make_due(lease.id)
+    await jobs.attempt("complete", *await jobs.claim())
+    assert await end(100) == first
+
+
+@pytest.mark.parametrize("verb", BEATS)
+async def test_a_beat_may_be_repeated(jobs: Jobs, verb: str) -> None:
+    lease = await jobs.run()
+    for _ in range(3):
+        assert await jobs.attempt(verb, lease)
+    job = await jobs.job(lease.id)
+    assert (job.state, job.log_lines) == ("running", int(verb == "log"))
 
 
 async def test_of_two_failures_in_a_batch_the_first_is_kept(jobs: Jobs) -> None:
     lease = await jobs.run()
     failures = [failure(lease, error_message=str(n), retry_in_seconds=100.0 + n) for n in range(5)]
-    assert await jobs.store.fail_jobs(failures) == ["scheduled"] * 5
+    answers = await jobs.store.fail_jobs(failures)
+    assert answers == [Ended("scheduled", (await jobs.row(lease.id))["run_at"])] * 5
     assert [row["error_message"] for row in await jobs.attempts(lease.id)] == ["0"]
     assert (await jobs.row(lease.id))["errors"] == 1
 
@@ -202,7 +270,7 @@ async def test_a_release_that_stands_twice_in_a_batch_rings_once(jobs: Jobs) -> 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_a_call_repeated_while_the_first_is_being_committed_gets_its_answer(jobs: Jobs, ending: str) -> None:
     lease = await jobs.run()
-    answers: list[bool | str | None] = []
+    answers: list[Answer] = []
 
     async def repeat() -> None:
         answers.append(await jobs.attempt(ending, lease))
@@ -219,7 +287,7 @@ async def test_a_call_repeated_while_the_first_is_being_committed_gets_its_answe
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_a_call_repeated_while_the_first_is_undone_counts_itself(jobs: Jobs, ending: str) -> None:
     lease = await jobs.run()
-    answers: list[bool | str | None] = []
+    answers: list[Answer] = []
 
     async def repeat() -> None:
         answers.append(await jobs.attempt(ending, lease))
@@ -237,7 +305,7 @@ async def test_a_call_repeated_while_the_first_is_undone_counts_itself(jobs: Job
 async def test_batches_lock_their_jobs_in_one_order_so_that_they_never_deadlock(jobs: Jobs, ending: str) -> None:
     await jobs.enqueue(5)
     first, *others = await jobs.claim(5)
-    answers: list[bool | str | None] = []
+    answers: list[Answer] = []
 
     async def end() -> None:
         answers.extend(await attempt_all(jobs.store, ending, [*reversed(others), first]))
@@ -256,7 +324,7 @@ async def test_batches_lock_their_jobs_in_one_order_so_that_they_never_deadlock(
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_an_ending_waits_for_a_heartbeat_in_flight_and_then_counts(jobs: Jobs, ending: str) -> None:
     lease = await jobs.run()
-    answers: list[bool | str | None] = []
+    answers: list[Answer] = []
 
     async def end() -> None:
         answers.append(await jobs.attempt(ending, lease))
@@ -274,7 +342,7 @@ async def test_an_ending_waits_for_a_heartbeat_in_flight_and_then_counts(jobs: J
 async def test_an_ending_that_loses_the_race_with_the_reaper_is_refused(jobs: Jobs, ending: str) -> None:
     lease = await jobs.run()
     await jobs.expire(lease.id)
-    answers: list[bool | str | None] = []
+    answers: list[Answer] = []
 
     async def end() -> None:
         answers.append(await jobs.attempt(ending, lease))

@@ -7,10 +7,10 @@ import pytest
 
 from clarion.db import Database
 from clarion.errors import Unstorable
-from clarion.execution import AttemptOutcome, Completion, Lease, Policy, Release, Snoozing
+from clarion.execution import AttemptOutcome, Completion, Ended, Failure, Lease, Policy, Release, Snoozing
 from clarion.job import DeadReason
 from clarion.settings import Settings
-from store_actions import Jobs, failure
+from store_actions import EVERY_OPTION, Jobs, failure
 
 
 @pytest.fixture
@@ -32,6 +32,14 @@ async def wait_seconds(jobs: Jobs, job_id: UUID) -> float:
     return float(row["seconds"])
 
 
+async def completed(jobs: Jobs, *completions: Completion) -> list[str | None]:
+    return [answer.state for answer in await jobs.store.complete_jobs(completions)]
+
+
+async def failed(jobs: Jobs, *failures: Failure) -> list[str | None]:
+    return [answer.state for answer in await jobs.store.fail_jobs(failures)]
+
+
 async def again(jobs: Jobs, lease: Lease) -> Lease:
     """The next attempt of the job, once it is due."""
     await jobs.make_due(lease.id)
@@ -43,23 +51,25 @@ async def again(jobs: Jobs, lease: Lease) -> Lease:
 
 
 async def test_a_completed_job_moves_to_the_history_whole(jobs: Jobs) -> None:
-    lease = await jobs.run(args='{"exact": 1.10}', queue="mail", priority=5, max_attempts=4, timeout_seconds=9.5)
-    await jobs.fetch("update clarion.jobs set errors = 1, crashes = 2, snoozes = 3 where id = $1", lease.id)
+    lease = await jobs.run(**EVERY_OPTION)
+    await jobs.wear(lease.id)
     before = await jobs.row(lease.id)
-    assert await jobs.store.complete_jobs([Completion(lease.id, lease.token, '{"b": 1.10, "a": "é"}')]) == [True]
+    assert await completed(jobs, Completion(lease.id, lease.token, '{"b": 1.10, "a": "é"}', "k")) == ["succeeded"]
     assert not await jobs.fetch("select from clarion.jobs")
     (after,) = await jobs.fetch("select * from clarion.job_history")
-    kept = [column for column in after.keys() if column not in {"state", "finished_at", "result"}]  # noqa: SIM118
-    assert [after[column] for column in kept] == [before[column] for column in kept]
-    assert (after["state"], after["result"]) == ("succeeded", '{"b": 1.10, "a": "é"}')
+    # What an attempt left for the next is of no more use.
+    new = {"state": "succeeded", "result": '{"b": 1.10, "a": "é"}', "completion_key": "k", "checkpoint": None}
+    assert {column: after[column] for column in new} == new
+    assert {column for column, value in after.items() if value is None} == {"checkpoint"}
+    kept = {*after.keys()} - {*new, "finished_at"}
+    assert {column: after[column] for column in kept} == {column: before[column] for column in kept}
     assert after["finished_at"] >= before["started_at"]
 
 
 async def test_a_job_may_complete_without_a_result(jobs: Jobs) -> None:
     lease = await jobs.run()
-    assert await jobs.store.complete_jobs([Completion(lease.id, lease.token)]) == [True]
-    job = await jobs.store.get_job(lease.id)
-    assert job is not None
+    assert await completed(jobs, Completion(lease.id, lease.token)) == ["succeeded"]
+    job = await jobs.job(lease.id)
     assert (job.result, job.state) == (None, "succeeded")
 
 
@@ -75,8 +85,8 @@ async def test_completions_are_answered_in_order_and_results_are_not_mixed_up(jo
     for lease in lost:
         await jobs.lose(lease)
     leases.reverse()
-    answers = await jobs.store.complete_jobs([Completion(item.id, item.token, f'"{item.id}"') for item in leases])
-    assert answers == [lease not in lost for lease in leases]
+    answers = await completed(jobs, *(Completion(item.id, item.token, f'"{item.id}"') for item in leases))
+    assert answers == [None if lease in lost else "succeeded" for lease in leases]
     rows = await jobs.fetch("select id, result from clarion.job_history")
     assert len(rows) == 45
     assert all(row["result"] == f'"{row["id"]}"' for row in rows)
@@ -131,14 +141,14 @@ async def test_a_job_without_a_policy_fails_by_the_settings(jobs: Jobs) -> None:
 
 async def test_a_failure_may_say_when_to_try_again(jobs: Jobs) -> None:
     lease = await jobs.run()
-    assert await jobs.store.fail_jobs([failure(lease, retry_in_seconds=1234.5)]) == ["scheduled"]
+    assert await failed(jobs, failure(lease, retry_in_seconds=1234.5)) == ["scheduled"]
     assert await wait_seconds(jobs, lease.id) == pytest.approx(1234.5, abs=0.5)
     assert (await jobs.row(lease.id))["errors"] == 1
 
 
 async def test_a_wish_to_try_again_does_not_lengthen_the_budget(jobs: Jobs) -> None:
     lease = await jobs.run(max_attempts=1)
-    assert await jobs.store.fail_jobs([failure(lease, retry_in_seconds=1.0)]) == ["dead"]
+    assert await failed(jobs, failure(lease, retry_in_seconds=1.0)) == ["dead"]
 
 
 async def test_max_attempts_counts_runs_the_first_included(jobs: Jobs) -> None:
@@ -166,7 +176,7 @@ async def test_snoozes_and_releases_use_no_attempts_up(jobs: Jobs) -> None:
 @pytest.mark.parametrize("reason", DeadReason)
 async def test_a_failure_may_be_final_and_says_why(jobs: Jobs, reason: DeadReason) -> None:
     lease = await jobs.run()
-    assert await jobs.store.fail_jobs([failure(lease, dead_reason=reason)]) == ["dead"]
+    assert await failed(jobs, failure(lease, dead_reason=reason)) == ["dead"]
     row = await jobs.row(lease.id)
     assert (row["state"], row["dead_reason"], row["lease_token"], row["worker_id"]) == ("dead", reason, None, None)
     assert row["died_at"] >= row["started_at"]
@@ -188,6 +198,32 @@ async def test_a_failed_attempt_is_recorded(jobs: Jobs, outcome: AttemptOutcome)
     assert row["next_run_at"] > row["ended_at"] >= lease.started_at
 
 
+@pytest.mark.parametrize("ending", ["fail", "snooze", "release", "crash"])
+async def test_an_attempt_says_its_generation_and_since_when_the_job_was_ready(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    await jobs.fetch("update clarion.jobs set generation = 4")
+    if ending == "crash":
+        await jobs.lose(lease)
+    else:
+        await jobs.attempt(ending, lease)
+    (row,) = await jobs.attempts(lease.id)
+    assert (row["generation"], row["run_at"], row["attempt"]) == (4, lease.run_at, 1)
+
+
+async def test_a_job_shows_the_sort_of_its_latest_error(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    seen = []
+    for error_type in ("ValueError", "KeyError"):
+        await jobs.store.fail_jobs([failure(lease, error_type=error_type)])
+        seen.append((await jobs.job(lease.id)).error_type)
+        lease = await again(jobs, lease)
+    await jobs.attempt("snooze", lease)
+    lease = await again(jobs, lease)
+    await jobs.attempt("complete", lease)
+    seen.append((await jobs.job(lease.id)).error_type)
+    assert seen == ["ValueError", "KeyError", "KeyError"]
+
+
 async def test_the_attempt_that_killed_the_job_plans_no_other(jobs: Jobs) -> None:
     lease = await jobs.run(max_attempts=1)
     await jobs.attempt("fail", lease)
@@ -200,7 +236,7 @@ async def test_a_batch_of_failures_is_answered_in_order(jobs: Jobs) -> None:
     lost = leases[5]
     await jobs.lose(lost)
     leases.reverse()
-    assert await jobs.store.fail_jobs([failure(lease) for lease in leases]) == [
+    assert await failed(jobs, *(failure(lease) for lease in leases)) == [
         None if lease == lost else "dead" if lease.max_attempts == 1 else "scheduled" for lease in leases
     ]
 
@@ -210,19 +246,13 @@ async def test_a_batch_of_failures_is_answered_in_order(jobs: Jobs) -> None:
 
 async def test_a_snoozed_job_is_scheduled_and_counted(jobs: Jobs) -> None:
     lease = await jobs.run()
-    assert await jobs.store.snooze_jobs([Snoozing(lease.id, lease.token, 3600)]) == [True]
+    answers = await jobs.store.snooze_jobs([Snoozing(lease.id, lease.token, 3600)])
     row = await jobs.row(lease.id)
+    assert answers == [Ended("scheduled", row["run_at"])]
     assert (row["state"], row["attempt"], row["snoozes"], row["errors"]) == ("scheduled", 0, 1, 0)
     assert await wait_seconds(jobs, lease.id) == pytest.approx(3600, abs=0.5)
     (attempt,) = await jobs.attempts(lease.id)
     assert (attempt["outcome"], attempt["state"], attempt["error_type"]) == ("snoozed", "scheduled", None)
-
-
-async def test_a_job_can_be_snoozed_for_ever(jobs: Jobs) -> None:
-    lease = await jobs.run()
-    await jobs.fetch("update clarion.jobs set snoozes = 32767 where id = $1", lease.id)
-    assert await jobs.attempt("snooze", lease)
-    assert (await jobs.row(lease.id))["snoozes"] == 32767
 
 
 @pytest.mark.parametrize("seconds", [1e10, float("nan"), float("inf")])
@@ -239,7 +269,8 @@ async def test_released_jobs_are_ready_at_once_and_counted_by_queue(jobs: Jobs) 
     lost = await jobs.run(queue="a")
     await jobs.lose(lost)
     answers, ready = await jobs.store.release_jobs([Release(item.id, item.token) for item in [lost, *leases]])
-    assert (answers, ready) == ([False, True, True, True], {"a": 1, "b": 2})
+    assert [answer.state for answer in answers] == [None, "ready", "ready", "ready"]
+    assert ready == {"a": 1, "b": 2}
     assert {lease.id for lease in [*await jobs.claim(9, queue="a"), *await jobs.claim(9, queue="b")]} == {
         lease.id for lease in leases
     }
@@ -248,8 +279,8 @@ async def test_released_jobs_are_ready_at_once_and_counted_by_queue(jobs: Jobs) 
 async def test_a_release_repeated_rings_nobody(jobs: Jobs) -> None:
     lease = await jobs.run()
     release = [Release(lease.id, lease.token)]
-    assert await jobs.store.release_jobs(release) == ([True], {"default": 1})
-    assert await jobs.store.release_jobs(release) == ([True], {})
+    assert await jobs.store.release_jobs(release) == ([Ended("ready", None)], {"default": 1})
+    assert await jobs.store.release_jobs(release) == ([Ended("ready", None)], {})
 
 
 async def test_a_release_is_recorded_without_an_error(jobs: Jobs) -> None:

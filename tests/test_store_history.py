@@ -1,4 +1,4 @@
-"""What is kept of the past and for how long: the history's partitions, attempts, and the list of workers."""
+"""What is kept of the past and for how long: the history's partitions, attempts, events, and the list of workers."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from clarion.db import Locked, open_database
-from clarion.execution import WorkerRecord
+from clarion.execution import Directive, WorkerRecord
 from clarion.settings import Settings
 from clarion.store import Store
 from conftest import settings_for
@@ -255,6 +255,48 @@ async def test_attempts_are_pruned_oldest_first_and_within_the_limit(jobs: Jobs)
     assert await remembered(jobs) == {lease.id for lease in leases[3:]}
 
 
+# -- Events
+
+
+async def age_events(jobs: Jobs, days: int) -> None:
+    await jobs.fetch("update clarion.job_events set at = at - make_interval(days => $1::int)", days)
+
+
+async def test_events_of_finished_jobs_go_with_retention_and_no_sooner(jobs: Jobs) -> None:
+    cancelled = [(await jobs.enqueue())[0].id for _ in range(3)]
+    for job_id in cancelled:
+        await jobs.cancel(job_id)
+        await age_events(jobs, 1)
+    await age_events(jobs, jobs.settings.history_days - 3)
+    assert await jobs.limited_to(2).prune_events() == 1
+    await age_events(jobs, 3)
+    assert [await jobs.limited_to(1).prune_events() for _ in range(3)] == [1, 1, 0]
+    assert [await jobs.events(job_id) for job_id in cancelled] == [[]] * 3
+
+
+@pytest.mark.parametrize("state", ["dead", "ready"])
+async def test_events_of_live_and_dead_jobs_stay(jobs: Jobs, state: str) -> None:
+    (added,) = await jobs.enqueue(start_within_seconds=60.0)
+    await jobs.change(added.id, priority=1)
+    if state == "dead":
+        await jobs.age(added.id, 61)
+        await jobs.store.expire_jobs()
+    assert await jobs.state(added.id) == state
+    await age_events(jobs, 10_000)
+    assert await jobs.store.prune_events() == 0
+    assert len(await jobs.events(added.id)) == 1 + (state == "dead")
+
+
+async def test_the_past_of_a_job_that_was_retried_outlives_its_cancellation(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    await jobs.cancel(lease.id)
+    await jobs.attempt("release", lease)
+    await jobs.retry(lease.id)
+    await age_events(jobs, 10_000)
+    await age_attempts(jobs, 10_000)
+    assert (await jobs.store.prune_events(), await jobs.store.prune_attempts()) == (0, 0)
+
+
 # -- Workers
 
 
@@ -295,3 +337,30 @@ async def test_workers_not_seen_lately_are_taken_off_the_list_within_the_limit(j
     assert await jobs.limited_to(2).prune_workers(unseen_seconds=119) == 2
     assert await jobs.store.prune_workers(unseen_seconds=119) == 1
     assert [row["id"] for row in await jobs.fetch("select id from clarion.workers")] == [fresh.id]
+
+
+async def test_a_worker_goes_on_until_it_is_told_to_drain(jobs: Jobs) -> None:
+    worker, other = record(), record()
+    assert [await jobs.store.record_worker(item) for item in (worker, other)] == [Directive.OK, Directive.OK]
+    assert await jobs.store.drain_worker(worker.id)
+    assert await jobs.store.drain_worker(worker.id)
+    assert [await jobs.store.record_worker(item) for item in (worker, other)] == [Directive.DRAIN, Directive.OK]
+
+
+async def test_an_unknown_worker_cannot_be_told_anything(jobs: Jobs) -> None:
+    assert not await jobs.store.drain_worker(uuid4())
+    assert await jobs.fetch("select from clarion.workers") == []
+
+
+async def test_workers_are_listed_with_all_they_said_youngest_first(jobs: Jobs) -> None:
+    workers = [record(name=f"host:{n}", tasks=[], running=n) for n in range(3)]
+    for worker in workers:
+        await jobs.store.record_worker(worker)
+    await jobs.store.drain_worker(workers[0].id)
+    listed = await jobs.store.list_workers(limit=10)
+    assert [item.name for item in listed] == ["host:2", "host:1", "host:0"]
+    assert [item.directive for item in listed] == ["ok", "ok", "drain"]
+    fields = WorkerRecord.__struct_fields__
+    assert {name: getattr(listed[0], name) for name in fields} == msgspec.structs.asdict(workers[2])
+    assert listed[0].started_at <= listed[0].seen_at
+    assert len(await jobs.store.list_workers(limit=2)) == 2

@@ -1,6 +1,6 @@
 """Looking at jobs: one, a page of many, and those that are finished; live or in the history alike."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -9,7 +9,7 @@ from clarion.db import Database
 from clarion.execution import Completion
 from clarion.job import FINAL, DeadReason, Job, JobFilter, JobState, JobSummary, NewJob
 from clarion.settings import Settings
-from store_actions import TASK, Jobs, failure
+from store_actions import EVERY_OPTION, TASK, Jobs, failure
 
 
 @pytest.fixture
@@ -27,17 +27,7 @@ async def one_of_each(jobs: Jobs) -> dict[JobState, UUID]:
     found[JobState.READY] = (await jobs.enqueue())[0].id
     found[JobState.SCHEDULED] = (await jobs.enqueue(delay_seconds=60.0))[0].id
     found[JobState.CANCELLED] = (await jobs.enqueue())[0].id
-    await jobs.fetch(
-        """
-        with gone as (delete from clarion.jobs where id = $1 returning *)
-        insert into clarion.job_history (
-          id, created_at, run_at, state, priority, attempt, errors, crashes, snoozes, queue, task, args
-        )
-        select id, created_at, run_at, 'cancelled', priority, attempt, errors, crashes, snoozes, queue, task, args
-        from gone
-        """,
-        found[JobState.CANCELLED],
-    )
+    await jobs.cancel(found[JobState.CANCELLED])
     return found
 
 
@@ -96,6 +86,102 @@ async def test_a_list_shows_of_a_job_what_looking_at_it_shows(jobs: Jobs) -> Non
         assert {name: getattr(summary, name) for name in JobSummary.__struct_fields__} == {
             name: getattr(job, name) for name in JobSummary.__struct_fields__
         }
+
+
+async def test_a_job_shows_what_was_asked_for_and_what_its_handler_said(jobs: Jobs) -> None:
+    (added,) = await jobs.enqueue(**EVERY_OPTION)
+    await jobs.wear(added.id)
+    job = await jobs.job(added.id)
+    asked = {**EVERY_OPTION}
+    for unseen in ("start_within_seconds", "backoff_seconds", "backoff_cap_seconds"):
+        asked.pop(unseen)
+    assert {name: getattr(job, name) for name in asked} == asked
+    assert (job.generation, job.log_lines, job.error_type) == (2, 4, "Oops")
+    assert (job.progress, job.checkpoint) == ('{"current": 1}', '{"at": 1}')
+    assert (job.start_by, job.finish_by) == (
+        added.run_at + timedelta(seconds=60), added.run_at + timedelta(seconds=600),
+    )  # fmt: skip
+
+
+async def test_a_job_from_the_api_for_nobody_by_name_says_so(jobs: Jobs) -> None:
+    (added,) = await jobs.enqueue()
+    job = await jobs.job(added.id)
+    assert (job.enqueued_by, job.generation, job.log_lines, job.cancel_requested_at) == (None, 1, 0, None)
+
+
+# -- Attempts and events
+
+
+async def test_the_attempts_of_a_job_are_listed_in_order_up_to_the_one_that_runs(jobs: Jobs) -> None:
+    lease = await jobs.run()
+    for ending in ("fail", "snooze", "release"):
+        await jobs.attempt(ending, lease)
+        await jobs.make_due(lease.id)
+        (lease,) = await jobs.claim()
+    lease = await jobs.lose(lease)
+    attempts = await jobs.store.list_attempts(lease.id)
+    assert [(item.attempt, item.outcome, item.state) for item in attempts] == [
+        (1, "failed", "scheduled"), (2, "snoozed", "scheduled"), (2, "released", "ready"),
+        (2, "lease_lost", "ready"), (3, None, "running"),
+    ]  # fmt: skip
+    assert [item.reaped for item in attempts] == [False, False, False, True, False]
+    assert (attempts[0].error_type, attempts[0].error_message, attempts[3].error_type) == (
+        "Oops",
+        "no luck",
+        "LeaseLost",
+    )
+    running = attempts[-1]
+    assert (running.ended_at, running.next_run_at, running.started_at) == (None, None, lease.started_at)
+    assert running.worker_id is not None
+    assert attempts[0].next_run_at is not None
+    await jobs.attempt("complete", lease)
+    done = (await jobs.store.list_attempts(lease.id))[-1]
+    assert (done.outcome, done.state, done.attempt, done.started_at) == ("succeeded", "succeeded", 3, lease.started_at)
+    assert done.ended_at == (await jobs.job(lease.id)).finished_at
+
+
+@pytest.mark.parametrize("ending", ["fail", "release", "complete", "reap"])
+async def test_a_job_whose_cancellation_was_requested_lists_each_attempt_once(jobs: Jobs, ending: str) -> None:
+    lease = await jobs.run()
+    await jobs.cancel(lease.id)
+    if ending == "reap":
+        await jobs.expire(lease.id)
+        await jobs.store.reap_jobs()
+    else:
+        await jobs.attempt(ending, lease)
+    (attempt,) = await jobs.store.list_attempts(lease.id)
+    assert attempt.state == ("succeeded" if ending == "complete" else "cancelled")
+
+
+async def test_what_never_ran_has_no_attempts_and_no_events(jobs: Jobs) -> None:
+    (added,) = await jobs.enqueue()
+    for job_id in (added.id, uuid4()):
+        assert await jobs.store.list_attempts(job_id) == []
+        assert await jobs.store.list_events(job_id) == []
+
+
+async def test_the_events_of_a_job_are_its_own_and_in_order(jobs: Jobs) -> None:
+    (added,), (other,) = await jobs.enqueue(), await jobs.enqueue()
+    await jobs.change(added.id, delay_seconds=60.0)
+    await jobs.cancel(other.id)
+    await jobs.retry(added.id)
+    await jobs.cancel(added.id)
+    await jobs.retry(added.id)
+    events = await jobs.store.list_events(added.id)
+    assert [(item.event, item.state, item.generation) for item in events] == [
+        ("changed", "scheduled", 1), ("retried", "ready", 1), ("cancelled", "cancelled", 1), ("retried", "ready", 2),
+    ]  # fmt: skip
+    assert [item.at for item in events] == sorted(item.at for item in events)
+
+
+# -- States
+
+
+async def test_the_states_of_many_jobs_are_found_wherever_they_live(jobs: Jobs) -> None:
+    found = await one_of_each(jobs)
+    states = await jobs.store.find_states([uuid4(), *found.values()])
+    assert states == {job_id: state for state, job_id in found.items()}
+    assert await jobs.store.find_states([]) == {}
 
 
 # -- Lists

@@ -22,6 +22,7 @@ LINES_MAX = 350
 BLIND_EXCEPTS = {
     "app/clarion/api/middleware.py": "a bug in one request is answered with a 500 and logged; the others go on",
     "app/clarion/cli/worker.py": "a bug ends the process, also under handlers that will not end",
+    "worker/clarion_worker/child.py": "whatever a handler raises is its attempt's failure",
     "worker/clarion_worker/outcomes.py": "an exception's own text may be code that raises",
     "worker/clarion_worker/runner.py": "whatever a handler raises is its attempt's failure",
 }

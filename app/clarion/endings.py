@@ -17,6 +17,8 @@ from clarion.store import Store
 from clarion.wake import Ringer
 
 _BATCH_MAX = 500
+# Calls with log lines hold up to a thousand each.
+_LINES_BATCH_MAX = 20
 
 Ending = Completion | Failure | Snoozing | Release
 
@@ -33,7 +35,9 @@ class Endings:
         self._snoozings: Batcher[Snoozing, Ended] = Batcher(self._snooze, **limits)
         self._releases: Batcher[Release, Ended] = Batcher(self._release, **limits)
         self._beats: Batcher[Beat, Heartbeat | None] = Batcher(self._beat, **limits)
-        self._lines: Batcher[Sequence[LogLine], Sequence[bool | None]] = Batcher(self._log, **limits)
+        self._lines: Batcher[Sequence[LogLine], Sequence[bool | None]] = Batcher(
+            self._log, batch_max=_LINES_BATCH_MAX, buffer_max=buffer_max
+        )
 
     def start(self, group: TaskGroup) -> None:
         """Starts to flush, in the given group."""

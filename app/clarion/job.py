@@ -9,8 +9,8 @@
      │    │                  │
      └── dead, cancelled ────┘
 
-Besides, `cancel` takes what waits or is dead to cancelled, `expire` what waits too long to dead, and `change` moves what
-waits between scheduled and ready.
+Besides, `cancel` takes what waits or is dead to cancelled, `expire` what waits too long to dead, and `change` moves
+what waits between scheduled and ready.
 
 `TRANSITIONS` is the one table of edges. Tests prove that the statements in `sql/queries` take exactly these, and
 that the diagram in ARCHITECTURE.md shows them.

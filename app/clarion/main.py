@@ -1,4 +1,4 @@
-"""The composition root of the API: pool, store, batcher, ringer and waits behind the routes; and the server itself."""
+"""The composition root of the API: pool, store, batchers, ringer, waits, claims behind the routes; and the server."""
 
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,6 +11,7 @@ import uvicorn
 
 from clarion.api.app import create_app
 from clarion.api.services import Services
+from clarion.claims import Claims
 from clarion.db import open_database
 from clarion.endings import Endings
 from clarion.enqueuer import Enqueuer
@@ -19,10 +20,11 @@ from clarion.events import Event
 from clarion.ground import is_ground_safe, wait_for_ground
 from clarion.loops import run_forever
 from clarion.maintenance import Maintenance
+from clarion.roster import Roster
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.waits import Waits
-from clarion.wake import Ringer
+from clarion.wake import Listener, Ringer
 
 log = structlog.get_logger()
 
@@ -37,9 +39,13 @@ async def running_services(store: Store, settings: Settings) -> AsyncIterator[Se
     enqueuer = Enqueuer(store, ringer, settings)
     endings = Endings(store, ringer, buffer_max=settings.enqueue_buffer_max_jobs)
     waits = Waits(store, settings)
+    claims = Claims(store, settings)
+    listener = Listener(settings, on_ring=claims.hear, on_connect=claims.look_everywhere)
     async with anyio.create_task_group() as group:
         group.start_soon(enqueuer.run)
         group.start_soon(waits.run)
+        group.start_soon(claims.run)
+        group.start_soon(listener.run)
         group.start_soon(partial(run_forever, ringer.step, name="ring"))
         endings.start(group)
         yield Services(
@@ -48,6 +54,8 @@ async def running_services(store: Store, settings: Settings) -> AsyncIterator[Se
             endings=endings,
             ringer=ringer,
             waits=waits,
+            claims=claims,
+            roster=Roster(store),
             settings=settings,
             draining=anyio.Event(),
         )
@@ -143,4 +151,5 @@ class _Server(uvicorn.Server):
         await stop.wait()
         self._services.draining.set()
         self._services.waits.close()
+        self._services.claims.close()
         self.should_exit = True

@@ -186,6 +186,16 @@ begin
 end
 $$;
 
+-- Whether a log line is stored. Volatile for the same reason: the same call may have stored it while this one waited.
+create function clarion.has_line(job uuid, token uuid, line integer) returns boolean
+  language plpgsql volatile strict set search_path = pg_catalog as $$
+begin
+  return exists (
+    select from clarion.job_logs as l where l.job_id = job and l.lease_token = token and l.n = line
+  );
+end
+$$;
+
 -- What a keyed enqueue was answered; no row: the key is not there. Volatile, since the row may be younger than the
 -- snapshot of the statement that ran into it.
 create function clarion.answer_of(given text) returns table (

@@ -42,7 +42,7 @@ moved as (
 )
 select
   case when d.id is not null or w.found then 'succeeded' end as state,
-  d.n is distinct from i.n as replayed,
+  coalesce(d.n <> i.n, w.found, false) as replayed,
   case when d.n is distinct from i.n then coalesce(d.key, w.completion_key) end as completion_key,
   case when d.n is distinct from i.n then coalesce(d.result, w.result::text) end as result
 from input as i

@@ -10,8 +10,11 @@
 -- Keys: the first to insert one wins, here and in any other process; who comes second waits for the first's commit and
 -- then gets its answer, with `request` to compare. An old key counts as none. Keys are taken in their order, so that two
 -- batches that share some wait for each other and never deadlock. Of one key twice in the input the first counts. A
--- volatile function looks the answer up, since it may be younger than this statement's snapshot.
--- Plan: one insert from a function scan; the few queues that have settings are hashed, or probed by their key.
+-- volatile function looks the answer up, since it may be younger than this statement's snapshot, or this statement's own.
+-- Where a key stands for another request, none of the set is added: the state of the jobs that this kept out is empty. A
+-- key that another session is committing at this very moment is found too late for that, and costs its own job only.
+-- Plan: one insert from a function scan; the few queues that have settings are hashed, or probed by their key; one probe a key
+-- to see whether it is known. That asks for the key alone: with a condition on `expires_at` it may read all of that index.
 with input as materialized (
   select clarion.new_id() as id, greatest(now(), i.run_at, now() + make_interval(secs => i.delay_seconds)) as due, i.*
   from unnest(
@@ -24,12 +27,21 @@ with input as materialized (
     total_timeout_seconds, enqueued_by, key, request, n
   )
 ),
+known as materialized (
+  select k.expires_at > now() and k.request::text <> i.request as differs
+  from input as i
+  join clarion.idempotency_keys as k on k.key = any(array[i.key])
+),
+refused as materialized (
+  select exists (select from known as w where w.differs) as is_refused
+),
 taken as (
   insert into clarion.idempotency_keys as k (key, job_id, state, created_at, run_at, request, expires_at)
   select
     i.key, i.id, case when i.due > now() then 'scheduled' else 'ready' end::clarion.job_state, now(), i.due,
     i.request::json, now() + make_interval(secs => $17::float8)
   from (select distinct on (f.key) f.* from input as f where f.key is not null order by f.key, f.n) as i
+  where not (select r.is_refused from refused as r)
   order by i.key
   on conflict (key) do update
   set
@@ -53,18 +65,15 @@ added as (
     i.due + make_interval(secs => i.total_timeout_seconds), i.total_timeout_seconds, i.enqueued_by
   from input as i
   left join clarion.queues as q on q.name = i.queue
-  where i.key is null or i.id in (select t.job_id from taken as t)
+  where (i.key is null or i.id in (select t.job_id from taken as t)) and not (select r.is_refused from refused as r)
   order by i.n
   returning id, state, created_at, run_at
 )
 select
-  coalesce(a.id, f.id, o.job_id) as id, coalesce(a.state, f.state, o.state)::text as state,
-  coalesce(a.created_at, f.created_at, o.created_at) as created_at, coalesce(a.run_at, f.run_at, o.run_at) as run_at,
-  case when a.id is null then coalesce(first.request, o.request::text) end as request
+  coalesce(a.id, o.job_id, case when r.is_refused then i.id end) as id, coalesce(a.state, o.state)::text as state,
+  coalesce(a.created_at, o.created_at) as created_at, coalesce(a.run_at, o.run_at) as run_at, o.request::text as request
 from input as i
+cross join refused as r
 left join added as a on a.id = i.id
--- Of a key that stands in the input twice: the row that took it.
-left join input as first on a.id is null and first.key = i.key and first.id in (select t.job_id from taken as t)
-left join added as f on f.id = first.id
-left join lateral clarion.answer_of(case when a.id is null and f.id is null then i.key end) as o on true
+left join lateral clarion.answer_of(case when a.id is null then i.key end) as o on true
 order by i.n

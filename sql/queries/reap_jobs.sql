@@ -65,18 +65,18 @@ ended as (
     lease_token = null, lease_expires_at = null, worker_id = null
   from decided as d
   where j.id = any(array[d.id]) and not d.cancelled
-  returning j.id, j.state, j.run_at
-),
-cancelled as materialized (
-  select d.id, clarion.finish_cancelled(d.id, 'reaper', 'its worker never said that the handler had stopped') as state
-  from decided as d
-  where d.cancelled
+  returning
+    j.id, d.lease_token, d.worker_id, j.queue, j.task, j.attempt, j.generation, j.started_at, d.run_at, d.timed_out,
+    j.state as became, case when d.reason is null then j.run_at end as next_run_at
 ),
 answered as materialized (
-  select d.*, coalesce(e.state, c.state) as became, e.run_at as next_run_at
+  select e.* from ended as e
+  union all
+  select
+    d.id, d.lease_token, d.worker_id, d.queue, d.task, d.attempt, d.generation, d.started_at, d.run_at, d.timed_out,
+    clarion.finish_cancelled(d.id, 'reaper', 'its worker never said that the handler had stopped'), null
   from decided as d
-  left join ended as e on e.id = d.id
-  left join cancelled as c on c.id = d.id
+  where d.cancelled
 ),
 recorded as (
   insert into clarion.attempts (
@@ -86,7 +86,7 @@ recorded as (
   select
     a.id, a.lease_token, a.worker_id, a.attempt, a.generation,
     case when a.timed_out then 'timeout' else 'lease_lost' end::clarion.attempt_outcome, a.became, a.run_at, a.started_at,
-    case when a.became <> 'dead' then a.next_run_at end,
+    a.next_run_at,
     case when a.timed_out then 'AttemptTimeout' else 'LeaseLost' end,
     case
       when a.timed_out then 'the attempt outlived its timeout and its worker did not end it'

@@ -22,9 +22,7 @@ fresh as materialized (
     i.*, h.attempt, h.generation, h.log_lines + row_number() over (partition by i.id order by i.place) as line
   from (select distinct on (f.id, f.token, f.n) f.* from input as f order by f.id, f.token, f.n, f.place) as i
   join held as h on h.id = i.id and h.token = i.token
-  where not exists (
-    select from clarion.job_logs as l where l.job_id = i.id and l.lease_token = i.token and l.n = any(array[i.n])
-  )
+  where not clarion.has_line(h.id, h.token, i.n)
 ),
 kept as (
   insert into clarion.job_logs (job_id, lease_token, n, generation, attempt, level, message, fields)
@@ -43,9 +41,7 @@ counted as (
 select
   case
     when k.n is not null then true
-    when exists (
-      select from clarion.job_logs as l where l.job_id = i.id and l.lease_token = i.token and l.n = any(array[i.n])
-    ) then true
+    when clarion.has_line(i.id, i.token, i.n) then true
     when h.id is not null then false
   end as kept
 from input as i

@@ -7,8 +7,10 @@
 -- `state` is what the job is now, `queue` where it waits, for the ring (null for one that was ready before: nothing is to be
 -- done); a null state means that the job runs, has succeeded, or is unknown.
 -- A new generation starts from nothing: attempts, errors, crashes and snoozes are counted anew, the total timeout begins
--- again, a start_by is over. The place in line is what an enqueue now would get. The checkpoint stays.
--- Plan: one primary key probe a job in jobs, and one in each history partition.
+-- again, a start_by is over. The place in line is what an enqueue now would get. The checkpoint stays. Jobs are taken in
+-- the order of their ids, so that two calls that share some never deadlock.
+-- Plan: one primary key probe a job in jobs to lock it, one to write it, and one in each history partition, whatever the
+-- statistics: a join with the history may read all of it.
 with input as materialized (
   select i.* from unnest($1::uuid[], $2::float8[]) with ordinality as i (id, delay_seconds, n)
 ),
@@ -16,12 +18,12 @@ due as materialized (
   select i.*, now() + make_interval(secs => i.delay_seconds) as run_at,
     case when i.delay_seconds > 0 then 'scheduled' else 'ready' end::clarion.job_state as state
   from input as i
+  order by i.id
 ),
 locked as materialized (
-  select d.*, j.state as was, j.queue, coalesce(q.priority_credit_seconds, 60) as credit
+  select d.*, j.state as was, j.queue
   from due as d
   join clarion.jobs as j on j.id = any(array[d.id])
-  left join clarion.queues as q on q.name = j.queue
   where j.state = 'dead' or (j.state in ('scheduled', 'ready') and not $3::boolean)
   for update of j
 ),
@@ -30,26 +32,27 @@ retried as (
   set
     state = l.state,
     run_at = l.run_at,
-    sort_key = l.run_at - j.priority * make_interval(secs => l.credit),
+    sort_key = l.run_at - j.priority * make_interval(secs => coalesce(q.priority_credit_seconds, 60)),
     generation = j.generation + (l.was = 'dead')::integer,
     attempt = case when l.was = 'dead' then 0 else j.attempt end,
     errors = case when l.was = 'dead' then 0 else j.errors end,
     crashes = case when l.was = 'dead' then 0 else j.crashes end,
     snoozes = case when l.was = 'dead' then 0 else j.snoozes end,
+    progress = case when l.was = 'dead' then null else j.progress end,
     start_by = case when l.was = 'dead' then null else j.start_by end,
     finish_by = case
       when l.was = 'dead' then l.run_at + make_interval(secs => j.total_timeout_seconds) else j.finish_by
     end,
     dead_reason = null, died_at = null
   from locked as l
+  left join clarion.queues as q on q.name = l.queue
   where j.id = any(array[l.id]) and l.was <> 'ready'
   returning j.id, j.state, j.queue, j.generation
 ),
 taken_back as (
   delete from clarion.job_history as h
-  using due as d
-  where h.id = any(array[d.id]) and h.state = 'cancelled' and not $3::boolean
-  returning h.*, d.run_at as next_run_at, d.state as next_state
+  where h.id = any($1::uuid[]) and h.state = 'cancelled' and not $3::boolean
+  returning h.*, now() + make_interval(secs => ($2::float8[])[array_position($1::uuid[], h.id)]) as next_run_at
 ),
 revived as (
   insert into clarion.jobs (
@@ -60,9 +63,10 @@ revived as (
   select
     t.id, t.created_at, t.next_run_at,
     t.next_run_at - t.priority * make_interval(secs => coalesce(q.priority_credit_seconds, 60)),
-    t.started_at, t.next_state, t.priority, t.max_attempts, t.timeout_seconds, t.backoff_seconds,
-    t.backoff_cap_seconds, t.queue, t.task, t.args, t.next_run_at + make_interval(secs => t.total_timeout_seconds),
-    t.total_timeout_seconds, t.generation + 1, t.log_lines, t.enqueued_by, t.error_type, t.checkpoint
+    t.started_at, case when t.next_run_at > now() then 'scheduled' else 'ready' end::clarion.job_state, t.priority,
+    t.max_attempts, t.timeout_seconds, t.backoff_seconds, t.backoff_cap_seconds, t.queue, t.task, t.args,
+    t.next_run_at + make_interval(secs => t.total_timeout_seconds), t.total_timeout_seconds, t.generation + 1,
+    t.log_lines, t.enqueued_by, t.error_type, t.checkpoint
   from taken_back as t
   left join clarion.queues as q on q.name = t.queue
   returning id, state, queue, generation

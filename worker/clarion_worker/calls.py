@@ -18,12 +18,10 @@ from clarion.execution import Beat, Completion, Lease
 from clarion.loops import backoff_seconds
 from clarion.settings import Settings
 from clarion.store import Store
-from clarion.texts import storable
+from clarion.texts import PROGRESS_MESSAGE_MAX_CHARS, storable
 from clarion_worker.leases import EndReason, Held
 from clarion_worker.lines import Lines
 from clarion_worker.results import encode_result
-
-_PROGRESS_MESSAGE_MAX_CHARS = 1_000
 
 
 class Standing(StrEnum):
@@ -118,6 +116,6 @@ def progress_json(current: float | None, total: float | None, message: str | Non
     said = {
         "current": current,
         "total": total,
-        "message": None if message is None else storable(message, _PROGRESS_MESSAGE_MAX_CHARS),
+        "message": None if message is None else storable(message, PROGRESS_MESSAGE_MAX_CHARS),
     }
     return msgspec.json.encode(said).decode()

@@ -35,7 +35,7 @@ from clarion.job import DeadReason
 from clarion.log import configure_logging
 from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
-from clarion.texts import storable
+from clarion.texts import LINE_MESSAGE_MAX_CHARS, storable
 from clarion_worker.arguments import CONTEXT_PARAMETER
 from clarion_worker.calls import Connection, Standing, complete_on
 from clarion_worker.context import Context, SyncContext
@@ -51,7 +51,7 @@ from clarion_worker.frames import (
     Target,
     Wire,
 )
-from clarion_worker.lines import MESSAGE_MAX_CHARS, HandlerLog
+from clarion_worker.lines import HandlerLog
 from clarion_worker.outcomes import Cancelled, Discard, Snooze, failure
 from clarion_worker.registry import Task, Worker
 from clarion_worker.results import encode_result
@@ -105,7 +105,7 @@ def make_context(run: Run, channel: Channel, settings: Settings, *, is_async: bo
     lease = run.lease
 
     def keep(level: str, message: str, fields: dict[str, Any]) -> None:
-        line = [level, storable(message, MESSAGE_MAX_CHARS)]
+        line = [level, storable(message, LINE_MESSAGE_MAX_CHARS)]
         try:
             channel.tell("line", [*line, fields])
         except (ValueError, RecursionError):  # what cannot be sent as it is goes as its text

@@ -14,6 +14,7 @@ import anyio
 import msgspec
 import structlog
 
+from clarion.dealing import deal
 from clarion.events import Event
 from clarion.execution import Lease, Policy
 from clarion.loops import Signal, jittered
@@ -96,7 +97,8 @@ class Claimer:
             return jittered(self._settings.sweep_seconds)
         if not self._hungry:
             self.look_everywhere()
-        claim_max = self._share(free)
+        self._turn += 1
+        claim_max = deal(free, self._hungry, turn=self._turn)
         self._hungry -= claim_max.keys()
         # Never cancelled half-way: a claim whose answer is thrown away strands its jobs until the leases run out.
         with anyio.CancelScope(shield=True) as self._claiming:
@@ -127,12 +129,3 @@ class Claimer:
         if ready:
             self._hungry |= ready.keys()
             log.warning(Event.CLAIM_RELEASED, jobs=sum(ready.values()))
-
-    def _share(self, free: int) -> dict[str, int]:
-        """The free slots, dealt out among the hungry queues; who gets the odd ones takes turns."""
-        hungry = sorted(self._hungry)
-        self._turn += 1
-        first = self._turn % len(hungry)
-        order = (hungry[first:] + hungry[:first])[:free]
-        share, odd = divmod(free, len(order))
-        return {queue: share + (place < odd) for place, queue in enumerate(order)}

@@ -19,12 +19,10 @@ from clarion.errors import Unavailable, Unstorable
 from clarion.events import Event
 from clarion.execution import Lease, LogLine
 from clarion.loops import Signal
-from clarion.texts import storable
+from clarion.texts import LINE_FIELDS_MAX_BYTES, LINE_MESSAGE_MAX_CHARS, storable
 
 log = structlog.get_logger()
 
-MESSAGE_MAX_CHARS = 4_096
-FIELDS_MAX_BYTES = 4_096
 _CALL_MAX_LINES = 500
 _FLUSH_SECONDS = 0.25
 
@@ -62,7 +60,7 @@ class Lines:
                 token=self._lease.token,
                 n=n,
                 level=level,
-                message=storable(message, MESSAGE_MAX_CHARS),
+                message=storable(message, LINE_MESSAGE_MAX_CHARS),
                 fields=_fields_json(fields) if fields else None,
             )
         )
@@ -178,8 +176,8 @@ def _fields_json(fields: dict[str, Any]) -> str:
     try:
         encoded = msgspec.json.encode(fields, enc_hook=repr)
     except (TypeError, ValueError, RecursionError):
-        encoded = msgspec.json.encode({"fields": storable(ascii(list(fields)), FIELDS_MAX_BYTES // 2)})
-    if len(encoded) > FIELDS_MAX_BYTES or b"\\u0000" in encoded:
-        text = storable(encoded.decode().replace("\\u0000", "\N{REPLACEMENT CHARACTER}"), FIELDS_MAX_BYTES // 2)
+        encoded = msgspec.json.encode({"fields": storable(ascii(list(fields)), LINE_FIELDS_MAX_BYTES // 2)})
+    if len(encoded) > LINE_FIELDS_MAX_BYTES or b"\\u0000" in encoded:
+        text = storable(encoded.decode().replace("\\u0000", "\N{REPLACEMENT CHARACTER}"), LINE_FIELDS_MAX_BYTES // 2)
         encoded = msgspec.json.encode({"fields": text})
     return encoded.decode()

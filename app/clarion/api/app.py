@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import Lifespan
 
-from clarion.api import batch, health, jobs, problem_pages
+from clarion.api import attempt_ends, batch, commands, dead, health, history, jobs, leases, problem_pages, workers
 from clarion.api.access import Guard
 from clarion.api.middleware import RequestLog
 from clarion.api.operation import Operation, routes
@@ -18,6 +18,12 @@ from clarion.errors import ClarionError
 OPERATIONS: tuple[Operation[Any, Any], ...] = (
     *jobs.OPERATIONS,
     *batch.OPERATIONS,
+    *commands.OPERATIONS,
+    *history.OPERATIONS,
+    *dead.OPERATIONS,
+    *leases.OPERATIONS,
+    *attempt_ends.OPERATIONS,
+    *workers.OPERATIONS,
     *health.OPERATIONS,
     *problem_pages.OPERATIONS,
 )

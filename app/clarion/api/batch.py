@@ -8,24 +8,31 @@ from starlette.types import ASGIApp
 
 from clarion.api.access import Permission
 from clarion.api.decoding import Nothing, invalid
+from clarion.api.idempotency import REPLAYED, check_batch, check_replays, new_jobs, with_keys
 from clarion.api.intake import SPOOL_MEMORY_BYTES, Intake, LineAnswer, SpooledAnswer
 from clarion.api.operation import Call, Operation, Reply
 from clarion.api.representations import BatchOut, JobRef
-from clarion.api.requests import NDJSON, read_lines
+from clarion.api.requests import NDJSON, idempotency_key, read_lines
 from clarion.api.schemas import BatchIn, JobIn
-from clarion.errors import FieldError, Overloaded, Unavailable, Unstorable
+from clarion.errors import FieldError, IdempotencyInFlight, IdempotencyMismatch, Overloaded, Unavailable, Unstorable
 
 
 async def create_jobs(call: Call[BatchIn, Nothing]) -> Reply:
     """Enqueues all jobs or none; answers after their commit, in their order."""
+    header_key = idempotency_key(call.request.headers)
     most = call.services.settings.batch_max_jobs
     if len(call.body.jobs) > most:
         detail = f"holds {len(call.body.jobs)} jobs, and at most {most} fit; {NDJSON} takes any number"
         raise invalid([FieldError(detail, pointer="/jobs")])
     if not call.body.jobs:
         return Reply(BatchOut([]))
-    added = await call.services.enqueuer.enqueue([job.to_new_job() for job in call.body.jobs])
-    return Reply(BatchOut([JobRef(job.id, job.state, job.run_at) for job in added]))
+    items = with_keys(call.body.jobs, header_key)
+    jobs = await new_jobs(items, call.actor)
+    check_batch(items, jobs)
+    added = await call.services.enqueuer.enqueue(jobs)
+    check_replays(items, jobs, added)
+    refs = [JobRef(job.id, job.state, job.run_at, replayed=job.request is not None) for job in added]
+    return Reply(BatchOut(refs), REPLAYED if all(ref.replayed for ref in refs) else {})
 
 
 async def stream_jobs(call: Call[Nothing, Nothing]) -> ASGIApp:
@@ -34,9 +41,10 @@ async def stream_jobs(call: Call[Nothing, Nothing]) -> ASGIApp:
     The answers wait in a spool, since most clients read nothing before they have sent everything: answering as we
     go would fill both sockets' buffers and leave either side waiting for the other.
     """
+    header_key = idempotency_key(call.request.headers)
     spool = anyio.SpooledTemporaryFile[bytes](max_size=SPOOL_MEMORY_BYTES)
     try:
-        intake = Intake(call.request, call.services, spool)
+        intake = Intake(call, spool, header_key)
         line_max_bytes = call.services.settings.body_max_bytes
         async with aclosing(read_lines(call.request.receive, line_max_bytes)) as lines:
             async for line in lines:
@@ -61,7 +69,7 @@ OPERATIONS = (
         query=Nothing,
         responds=BatchOut,
         status=201,
-        problems=(Unavailable, Overloaded, Unstorable),
+        problems=(Unavailable, Overloaded, Unstorable, IdempotencyMismatch, IdempotencyInFlight),
     ),
     Operation(
         method="POST",

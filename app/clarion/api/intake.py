@@ -8,23 +8,29 @@ from collections.abc import Sequence
 
 import anyio
 import msgspec
-from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from clarion.api.decoding import decode_body
+from clarion.api.decoding import Nothing, decode_body
+from clarion.api.idempotency import Keyed, derived_key, differences, mismatch, new_jobs
+from clarion.api.operation import Call
 from clarion.api.problems import ProblemOut, problem_out
 from clarion.api.requests import NDJSON
 from clarion.api.schemas import JobIn
-from clarion.api.services import Services
-from clarion.errors import ClarionError, TooLarge, Unavailable, Unstorable
+from clarion.enqueuer import enqueue_each
+from clarion.errors import ClarionError, IdempotencyInFlight, TooLarge, Unavailable, Unstorable
 from clarion.job import Enqueued, NewJob
 
 # A chunk is one statement: so many lines, or so many bytes of them, whichever comes first.
 CHUNK_MAX_LINES = 1_000
 CHUNK_MAX_BYTES = 4_194_304
+# The search for a key in flight waits for it at each step, for as long as the time limit on locks: some ten steps. Of a
+# chunk with more of them, what is not found by then is not tried any more.
+IN_FLIGHT_MAX = 12
 # Answers up to this size stay in memory; above it they go to a temporary file.
 SPOOL_MEMORY_BYTES = 1_048_576
 _SEND_BYTES = 65_536
+
+Answer = Enqueued | ClarionError
 
 
 class LineAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -32,21 +38,29 @@ class LineAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 
     id: str | None = None
     state: str | None = None
+    replayed: bool = False
     error: ProblemOut | None = None
     line: int | None = None
 
 
 class Intake:
-    """The lines of one request. `take` each, `flush` at the end; the answers are in the spool then."""
+    """The lines of one request. `take` each, `flush` at the end; the answers are in the spool then.
 
-    def __init__(self, request: Request, services: Services, spool: anyio.SpooledTemporaryFile[bytes]) -> None:
-        self._request = request
-        self._services = services
+    The n-th line that is not blank, counted from 0, has the key `header_key/n`, unless it has one of its own.
+    """
+
+    def __init__(
+        self, call: Call[Nothing, Nothing], spool: anyio.SpooledTemporaryFile[bytes], header_key: str | None
+    ) -> None:
+        self._call = call
         self._spool = spool
+        self._header_key = header_key
         self._line = 0
+        self._place = 0
         self._chunk: list[tuple[int, NewJob | ClarionError]] = []
         self._chunk_bytes = 0
         self._outage: Unavailable | None = None
+        self._in_flight: list[IdempotencyInFlight] = []
 
     async def take(self, line: bytes | None) -> None:
         """Decodes a line, None being one that was too long to hold; enqueues when a chunk is full."""
@@ -54,44 +68,58 @@ class Intake:
         if line is not None and not line.strip():
             return
         self._chunk.append((self._line, await self._decode(line)))
+        self._place += 1
         self._chunk_bytes += len(line or b"")
         if len(self._chunk) >= CHUNK_MAX_LINES or self._chunk_bytes >= CHUNK_MAX_BYTES:
             await self.flush()
 
     async def flush(self) -> None:
         """Enqueues what was taken and writes the answers."""
-        chunk, self._chunk, self._chunk_bytes = self._chunk, [], 0
-        answers = iter(await self._enqueue([item for _, item in chunk if isinstance(item, NewJob)]))
+        chunk, self._chunk, self._chunk_bytes, self._in_flight = self._chunk, [], 0, []
+        jobs = [item for _, item in chunk if isinstance(item, NewJob)]
+        answers = map(_checked, jobs, await self._enqueue(jobs))
         lines = [(line, item if isinstance(item, ClarionError) else next(answers)) for line, item in chunk]
         await self._spool.write(b"".join(self._encode(line, answer) for line, answer in lines))
 
     async def _decode(self, line: bytes | None) -> NewJob | ClarionError:
         try:
             if line is None:
-                raise TooLarge(f"the line is over {self._services.settings.body_max_bytes} bytes")
-            return (await decode_body(line, JobIn)).to_new_job()
+                raise TooLarge(f"the line is over {self._call.services.settings.body_max_bytes} bytes")
+            job = await decode_body(line, JobIn)
+            key = job.idempotency_key or derived_key(self._header_key, self._place)
+            [new] = await new_jobs([Keyed(job, key)], self._call.actor)
         except ClarionError as error:
             return error
+        return new
 
-    async def _enqueue(self, jobs: Sequence[NewJob]) -> list[Enqueued | ClarionError]:
-        if self._outage or not jobs:
-            return [self._outage for _ in jobs if self._outage]
+    async def _enqueue(self, jobs: Sequence[NewJob]) -> list[Answer]:
+        untried = self._in_flight[-1] if len(self._in_flight) >= IN_FLIGHT_MAX else self._outage
+        if untried or not jobs:
+            return [untried for _ in jobs if untried]
         try:
-            return list(await self._services.enqueuer.enqueue(jobs))
+            return [*await enqueue_each(self._call.services.enqueuer.enqueue, jobs)]
+        except (IdempotencyInFlight, Unstorable) as error:
+            if isinstance(error, IdempotencyInFlight):
+                self._in_flight.append(error)
+            # Somewhere in here is what cannot be added: halve until it stands alone.
+            half = len(jobs) // 2
+            return [error] if not half else await self._enqueue(jobs[:half]) + await self._enqueue(jobs[half:])
         except Unavailable as error:
             self._outage = error
             return [error for _ in jobs]
-        except Unstorable as error:
-            # Somewhere in here is what Postgres refuses: halve until it stands alone.
-            half = len(jobs) // 2
-            return [error] if not half else await self._enqueue(jobs[:half]) + await self._enqueue(jobs[half:])
 
-    def _encode(self, line: int, answer: Enqueued | ClarionError) -> bytes:
+    def _encode(self, line: int, answer: Answer) -> bytes:
         if isinstance(answer, ClarionError):
-            shown = LineAnswer(error=problem_out(self._request, answer), line=line)
+            shown = LineAnswer(error=problem_out(self._call.request, answer), line=line)
         else:
-            shown = LineAnswer(id=str(answer.id), state=answer.state)
+            shown = LineAnswer(id=str(answer.id), state=answer.state, replayed=answer.request is not None)
         return msgspec.json.encode(shown) + b"\n"
+
+
+def _checked(job: NewJob, answer: Answer) -> Answer:
+    """The answer to this job, unless its key stands for another request."""
+    errors = [] if isinstance(answer, ClarionError) else differences(job.request, answer.request)
+    return mismatch(errors) if errors else answer
 
 
 class SpooledAnswer:

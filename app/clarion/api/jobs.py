@@ -5,25 +5,39 @@ from uuid import UUID
 
 import anyio
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from clarion.api.access import Permission
 from clarion.api.cursor import encode_cursor
 from clarion.api.decoding import Nothing, invalid
+from clarion.api.idempotency import REPLAYED, check_replays, new_jobs, with_key
+from clarion.api.lookup import etag_of, find_job, job_id_in, job_reply, names_version
 from clarion.api.operation import Call, Operation, Reply
 from clarion.api.representations import JobListOut, JobOut, fresh_job, job_out, summary_out
-from clarion.api.requests import disconnected
+from clarion.api.requests import disconnected, idempotency_key
 from clarion.api.schemas import JobIn, JobListQuery, JobQuery
 from clarion.durations import parse_duration
-from clarion.errors import FieldError, NotFound, Overloaded, Unavailable, Unstorable
-from clarion.job import FINAL, Job
-from clarion.store import Store
+from clarion.errors import (
+    FieldError,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    Unstorable,
+)
+from clarion.job import FINAL
 
 
 async def create_job(call: Call[JobIn, Nothing]) -> Reply:
-    """Enqueues a job; answers after its commit."""
-    new = call.body.to_new_job()
+    """Enqueues a job; answers after its commit. A known key adds none: the answer is the first one's."""
+    item = with_key(call.body, idempotency_key(call.request.headers))
+    [new] = await new_jobs([item], call.actor)
     added = await call.services.enqueuer.enqueue_one(new)
-    return Reply(job_out(fresh_job(new, added)), {"Location": call.url(f"/v1/jobs/{added.id}")})
+    check_replays([item], [new], [added])
+    headers = {"Location": call.url(f"/v1/jobs/{added.id}")} | ({} if added.request is None else REPLAYED)
+    return Reply(job_out(fresh_job(new, added)), headers)
 
 
 async def list_jobs(call: Call[Nothing, JobListQuery]) -> Reply:
@@ -36,22 +50,17 @@ async def list_jobs(call: Call[Nothing, JobListQuery]) -> Reply:
     return Reply(page, {"Link": f'<{_next_page(call, cursor)}>; rel="next"'} if cursor else {})
 
 
-async def get_job(call: Call[Nothing, JobQuery]) -> Reply:
+async def get_job(call: Call[Nothing, JobQuery]) -> Reply | ASGIApp:
     """A job; with `wait`, once it is finished or the time is up, whichever comes first."""
-    job_id, store = _job_id(call.path["id"]), call.services.store
+    job_id, store = job_id_in(call.path["id"]), call.services.store
     seconds = _wait_seconds(call)
-    job = await _find(store, job_id)
+    job = await find_job(store, job_id)
     if seconds and job.state not in FINAL:
         await _wait(call, job_id, seconds)
-        job = await _find(store, job_id)
-    return Reply(job_out(job))
-
-
-async def _find(store: Store, job_id: UUID) -> Job:
-    job = await store.get_job(job_id)
-    if job is None:
-        raise NotFound("there is no job with this id")
-    return job
+        job = await find_job(store, job_id)
+    if names_version(call.request.headers, "if-none-match", job, weak=True):
+        return Response(status_code=304, headers={"ETag": etag_of(job)})
+    return job_reply(job)
 
 
 async def _wait(call: Call[Nothing, JobQuery], job_id: UUID, seconds: float) -> None:
@@ -70,17 +79,6 @@ async def _wait(call: Call[Nothing, JobQuery], job_id: UUID, seconds: float) -> 
             group.cancel_scope.cancel()
     if gone:
         raise ClientDisconnect
-
-
-def _job_id(text: str) -> UUID:
-    try:
-        job_id = UUID(text)
-    except ValueError:
-        job_id = None
-    # UUID() also takes braces, `urn:` and no hyphens at all: one job has one address.
-    if job_id is None or str(job_id) != text.lower():
-        raise NotFound("there is no job with this id: ids of jobs are UUIDs")
-    return job_id
 
 
 def _wait_seconds(call: Call[Nothing, JobQuery]) -> float:
@@ -108,7 +106,7 @@ OPERATIONS = (
         query=Nothing,
         responds=JobOut,
         status=201,
-        problems=(Unavailable, Overloaded, Unstorable),
+        problems=(Unavailable, Overloaded, Unstorable, IdempotencyMismatch, IdempotencyInFlight),
     ),
     Operation(
         method="GET",

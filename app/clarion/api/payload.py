@@ -53,9 +53,13 @@ class FaultFinder:
         self._chars_left = SEARCH_MAX_CHARS
 
     def in_payload(self, raw: bytes) -> Fault | None:
-        """Why a syntactically valid JSON text cannot be a payload; None when it can."""
+        """Why a syntactically valid JSON text cannot be a payload, which is an object; None when it can."""
         if raw[:1] != b"{":
             return Fault("", f"must be a JSON object, not {kind_of_json(raw)}", malformed=False)
+        return self.in_value(raw)
+
+    def in_value(self, raw: bytes) -> Fault | None:
+        """Why a syntactically valid JSON text cannot be stored, whatever sort of value it is; None when it can."""
         if b"\\u0000" in raw and _NUL.search(raw):
             detail = _HAS_NUL
         elif _is_deep(raw):

@@ -65,12 +65,13 @@ class JobListOut(msgspec.Struct, frozen=True):
     next_cursor: str | None
 
 
-class JobRef(msgspec.Struct, frozen=True):
-    """An enqueued job, in the order of the request."""
+class JobRef(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An enqueued job, in the order of the request; `replayed` where its key was known and it was added before."""
 
     id: UUID
     state: str
     run_at: datetime
+    replayed: bool = False
 
 
 class BatchOut(msgspec.Struct, frozen=True):
@@ -102,7 +103,7 @@ def raw(text: str | None) -> Raw | None:
 
 
 def fresh_job(new: NewJob, added: Enqueued) -> Job:
-    """A job that was enqueued this moment, as reading it back would show it."""
+    """A job as reading it back would have shown it at the moment when it was enqueued."""
     return Job(
         id=added.id,
         queue=new.queue,

@@ -1,19 +1,26 @@
 """Reading request bodies within bounds: nothing is held that is over its limit, and no one may stall for ever."""
 
+import re
 from collections.abc import AsyncGenerator
+from uuid import UUID
 
 import anyio
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from clarion.errors import RequestTimeout, TooLarge, UnsupportedMediaType
+from clarion.errors import FieldError, Invalid, RequestTimeout, TooLarge, UnsupportedMediaType
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 
 # A client that sends nothing for so long is gone, or means to hold the connection.
 BODY_IDLE_SECONDS = 30.0
+
+IDEMPOTENCY_KEY_MAX_CHARS = 255
+# A string of RFC 8941, in quotes; and what nearly everybody sends instead: the bare key.
+_QUOTED_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_BARE_KEY = re.compile(r"[!#-~][ -~]*")
 
 
 def media_type_of(headers: Headers) -> str:
@@ -31,6 +38,29 @@ def unsupported(media_type: str, accepted: list[str]) -> UnsupportedMediaType:
     """The problem of a body of a type that the route does not read, with the way out."""
     hint = f"add the header, in curl: -H 'content-type: {accepted[0]}'"
     return UnsupportedMediaType(f"{media_type[:80]!r} is not read here, {' or '.join(accepted)} is: {hint}")
+
+
+def idempotency_key(headers: Headers) -> str | None:
+    """The key in the header `Idempotency-Key`, bare or quoted; None without one. Raises Invalid for any other text."""
+    given = headers.getlist("idempotency-key")
+    if not given:
+        return None
+    text = given[0].strip()
+    quoted = _QUOTED_KEY.fullmatch(text)
+    key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else text
+    if len(given) > 1 or not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX_CHARS or not (quoted or _BARE_KEY.fullmatch(text)):
+        detail = f"must be one key of 1 to {IDEMPOTENCY_KEY_MAX_CHARS} printable ASCII characters, bare or in quotes"
+        raise Invalid(f"Idempotency-Key: {detail}", errors=[FieldError(detail, parameter="Idempotency-Key")])
+    return key
+
+
+def uuid_in_path(text: str) -> UUID | None:
+    """The id that a part of a path names, None if it is none: UUID() also takes braces, `urn:` and no hyphens."""
+    try:
+        found = UUID(text)
+    except ValueError:
+        return None
+    return found if str(found) == text.lower() else None
 
 
 async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:

@@ -6,8 +6,10 @@ from typing import Protocol
 import anyio
 import msgspec
 
+from clarion.claims import Claims
 from clarion.endings import Endings
 from clarion.job import Enqueued, NewJob
+from clarion.roster import Roster
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.waits import Waits
@@ -32,5 +34,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     endings: Endings
     ringer: Ringer
     waits: Waits
+    claims: Claims
+    roster: Roster
     settings: Settings
     draining: anyio.Event

@@ -17,6 +17,7 @@ _COMMANDS = {
     "worker": "Run jobs with the handlers of a module.",
     "scheduler": "Promote due jobs, take back expired leases, keep the history's partitions.",
     "migrate": "Create or upgrade the database schema.",
+    "conformance": "Check a worker of your own, in any language, against the HTTP protocol.",
     "settings": "Print every setting, its value and what it is for.",
 }
 

@@ -16,11 +16,6 @@ imported when it is first asked for, since pytest loads the plugin in the tests 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from clarion_worker.testing.handler import Circumstances, run_handler
-    from clarion_worker.testing.kit import Kit
-    from clarion_worker.testing.runs import HandlerRun, Line, NoResult, Progress
-
 __all__ = ["Circumstances", "HandlerRun", "Kit", "Line", "NoResult", "Progress", "run_handler"]
 
 _HOMES = {
@@ -33,8 +28,13 @@ _HOMES = {
     "run_handler": "handler",
 }
 
+if TYPE_CHECKING:
+    from clarion_worker.testing.handler import Circumstances, run_handler
+    from clarion_worker.testing.kit import Kit
+    from clarion_worker.testing.runs import HandlerRun, Line, NoResult, Progress
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

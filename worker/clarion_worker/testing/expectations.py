@@ -59,7 +59,7 @@ def complaint(expected: Wanted, count: str, jobs: Sequence[JobView]) -> str:
     if len(alike) > _SHOWN_MAX_JOBS:
         lines.append(f"  and {len(alike) - _SHOWN_MAX_JOBS} more")
     listing = "\n".join(["There is:", *lines] if lines else ["There are no jobs at all."])
-    return f"expected {count} waiting: {expected}; found {found}. {listing}"
+    return f"expected {count}, found {found} waiting: {expected}. {listing}"
 
 
 def _line(job: JobView, reasons: Sequence[str]) -> str:

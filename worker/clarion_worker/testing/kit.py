@@ -57,7 +57,7 @@ class Kit:
     async def enqueue(
         self, request: JobRequest[Any] | str, args: Mapping[str, Any] | None = None, /, **options: Unpack[JobOptions]
     ) -> UUID:
-        """Enqueues a job as `AsyncClient.enqueue` does: `await kit.enqueue(send.job(order_id=7), delay="5m")`; its id."""
+        """Enqueues a job as a client does; its id. `await kit.enqueue(send.job(order_id=7), delay="5m")`"""
         async with self.client() as client:
             return (await client.enqueue(requested(request, args, options))).id
 
@@ -156,7 +156,7 @@ class Kit:
         jobs = await self.jobs()
         found = [job for job in jobs if not differences(job, expected)]
         if len(found) != count if count is not None else not found:
-            raise AssertionError(complaint(expected, "at least 1 job" if count is None else f"{count} jobs", jobs))
+            raise AssertionError(complaint(expected, "at least 1" if count is None else str(count), jobs))
         return found
 
     async def refute_enqueued(

@@ -31,7 +31,7 @@ def clarion_server_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.
 
     is_one_of_many = hasattr(request.config, "workerinput")  # a process of pytest-xdist
     directory = tmp_path_factory.getbasetemp()
-    # Not left in the fixture's teardown, which would be counted to the last test: it may have to wait for other processes.
+    # Not left in the fixture's teardown, which counts to the last test: it may have to wait for other processes.
     stack = ExitStack()
     request.config.add_cleanup(stack.close)
     try:

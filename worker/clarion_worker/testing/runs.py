@@ -17,7 +17,7 @@ class NoResult(AssertionError):
     """A test asked for the result of a handler that has none, or none of the type that its signature promises."""
 
 
-class Progress(msgspec.Struct, frozen=True):
+class Progress(msgspec.Struct, frozen=True, repr_omit_defaults=True):
     """What one call of `ctx.progress` said."""
 
     current: float
@@ -25,7 +25,7 @@ class Progress(msgspec.Struct, frozen=True):
     message: str | None = None
 
 
-class Line(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True, repr_omit_defaults=True):
     """What one call of `ctx.log` said."""
 
     level: str
@@ -33,7 +33,7 @@ class Line(msgspec.Struct, frozen=True):
     fields: dict[str, Any] = {}
 
 
-class HandlerRun(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
+class HandlerRun(msgspec.Struct, Generic[R], frozen=True, kw_only=True, repr_omit_defaults=True):
     """One attempt, as it went; R is what its handler returns.
 
     `outcome` is how it ended: `succeeded`, `failed`, `timeout`, `snoozed`, `released` (its handler was told to end), or

@@ -1,0 +1,216 @@
+"""Leases over HTTP: claiming jobs, and keeping them while they run. How attempts end is in `attempt_ends`."""
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from uuid import UUID
+
+import anyio
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from clarion.api.access import Permission
+from clarion.api.decoding import Nothing
+from clarion.api.lease_answers import (
+    BeatOut,
+    HeartbeatOut,
+    LeasesOut,
+    LogsOut,
+    ProgressOut,
+    beat_out,
+    lease_left,
+    lease_out,
+    status_of,
+)
+from clarion.api.lease_bodies import TextOperation
+from clarion.api.lease_forms import HeartbeatIn, LeasesIn, LogsIn, ProgressIn
+from clarion.api.lease_tokens import decode_lease_token
+from clarion.api.operation import Call, Operation, Reply
+from clarion.api.payload import FaultFinder
+from clarion.api.requests import disconnected
+from clarion.api.services import Services
+from clarion.claims import Ask
+from clarion.errors import ClarionError, LeaseLost, NotFound, Overloaded, Unavailable, Unstorable
+from clarion.events import Event
+from clarion.execution import Lease, Release, WorkerRecord
+from clarion.texts import storable
+
+log = structlog.get_logger()
+
+_NAME_MAX_CHARS = 200
+_VERSION = "http"
+
+
+async def take_leases(call: Call[LeasesIn, Nothing]) -> Reply | ASGIApp:
+    """Claims jobs; with `wait`, as soon as there are any."""
+    services, body = call.services, call.body
+    ask = body.to_ask(lease_seconds=services.settings.lease_seconds)
+    await services.roster.note_claim(
+        _record(ask.worker_id, body.name, queues=ask.queues, tasks=sorted(ask.tasks or ()), concurrency=ask.jobs_max)
+    )
+    leases = await _claim(call, ask)
+    if not leases:
+        return Response(status_code=204)
+    return Reply(LeasesOut([lease_out(lease, lease_seconds=ask.lease_seconds) for lease in leases]))
+
+
+async def heartbeat(call: Call[HeartbeatIn, Nothing]) -> Reply:
+    """Extends leases, in one statement; says which are lost or to be ended, and whether the worker is to stop."""
+    services, body = call.services, call.body
+    beats, refused = body.to_beats(FaultFinder())
+    answers = await services.store.heartbeat_jobs(list(beats.values())) if beats else []
+    held = {answer.token: answer for answer in answers}
+    lost = [beat.id for beat in beats.values() if beat.token not in held]
+    states = await services.store.find_states(lost) if lost else {}
+    directive = await services.roster.note_heartbeat(_record(body.worker, "", running=len(body.leases)))
+
+    def said(token: str) -> BeatOut:
+        beat = beats.get(token)
+        answer, state = (held.get(beat.token), states.get(beat.id)) if beat else (None, None)
+        return beat_out(token, answer, state=state, refused=refused.get(token))
+
+    return Reply(HeartbeatOut([said(lease.token) for lease in body.leases], directive))
+
+
+async def progress(call: Call[ProgressIn, Nothing]) -> Reply:
+    """Keeps what an attempt has to say, and extends its lease."""
+    job_id, token = lease_of(call.path)
+    held = await call.services.endings.beat(call.body.to_beat(job_id, token))
+    if held is None:
+        raise await lost(call.services, job_id)
+    return Reply(ProgressOut(status_of(held), lease_left(held)))
+
+
+async def keep_logs(call: Call[LogsIn, Nothing]) -> Reply:
+    """Keeps log lines."""
+    job_id, token = lease_of(call.path)
+    lines = [line.to_line(job_id, token) for line in call.body.lines]
+    kept = await call.services.endings.log(lines)
+    if None in kept:
+        raise await lost(call.services, job_id)
+    return Reply(LogsOut(kept.count(True), kept.count(False)))
+
+
+def lease_of(path: Mapping[str, str]) -> tuple[UUID, UUID]:
+    """The job's id and the lease token that a path names; raises NotFound for a text that is no token."""
+    try:
+        return decode_lease_token(path["token"])
+    except ValueError:
+        raise NotFound("there is no such lease: this is not a token that a claim answered with") from None
+
+
+async def lost(services: Services, job_id: UUID) -> LeaseLost:
+    """The problem of a token that does not hold its job any more, with what the job is now."""
+    return LeaseLost(state=(await services.store.find_states([job_id])).get(job_id))
+
+
+async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> list[Lease]:
+    """What the hub answers. A client that goes away waits no longer, and what was claimed for it is handed back."""
+    leases: list[Lease] = []
+    failure: ClarionError | None = None
+    gone = False
+
+    async def watch_client(scope: anyio.CancelScope) -> None:
+        nonlocal gone
+        await disconnected(call.request.receive)
+        gone = True
+        scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch_client, group.cancel_scope)
+        try:
+            leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds)
+        except ClarionError as error:  # told outside of the group, which would wrap it
+            failure = error
+        group.cancel_scope.cancel()
+    if gone:
+        await _hand_back(call.services, leases)
+        raise ClientDisconnect
+    if failure is not None:
+        raise failure
+    return leases
+
+
+async def _hand_back(services: Services, leases: Sequence[Lease]) -> None:
+    if not leases:
+        return
+    with anyio.CancelScope(shield=True):
+        try:
+            _, ready = await services.store.release_jobs([Release(lease.id, lease.token) for lease in leases])
+        except Unavailable as error:  # their leases run out
+            log.warning(Event.OUTCOME_ABANDONED, jobs=len(leases), error=str(error))
+        else:
+            services.ringer.mark(ready)
+            log.info(Event.CLAIM_RELEASED, jobs=len(leases))
+
+
+def _record(
+    worker_id: UUID,
+    name: str,
+    *,
+    queues: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    concurrency: int = 0,
+    running: int = 0,
+) -> WorkerRecord:
+    return WorkerRecord(
+        id=worker_id,
+        name=storable(name, _NAME_MAX_CHARS) or "unnamed",
+        version=_VERSION,
+        queues=list(queues),
+        tasks=list(tasks),
+        concurrency=concurrency,
+        running=running,
+        state="running",
+    )
+
+
+OPERATIONS = (
+    Operation(
+        method="POST",
+        path="/v1/leases",
+        summary="Claim jobs, or wait for some",
+        handler=take_leases,
+        permission=Permission.WORK,
+        body=LeasesIn,
+        query=Nothing,
+        responds=LeasesOut,
+        problems=(Unavailable, Overloaded),
+    ),
+    Operation(
+        method="POST",
+        path="/v1/leases/heartbeat",
+        summary="Keep leases, and hear of those that are to end",
+        handler=heartbeat,
+        permission=Permission.WORK,
+        body=HeartbeatIn,
+        query=Nothing,
+        responds=HeartbeatOut,
+        problems=(Unavailable, Overloaded),
+    ),
+    Operation(
+        method="POST",
+        path="/v1/leases/{token}/progress",
+        summary="Say how far a job has come, and leave a checkpoint",
+        handler=progress,
+        permission=Permission.WORK,
+        body=ProgressIn,
+        body_optional=True,
+        query=Nothing,
+        responds=ProgressOut,
+        problems=(NotFound, LeaseLost, Unstorable, Unavailable, Overloaded),
+    ),
+    TextOperation(
+        method="POST",
+        path="/v1/leases/{token}/logs",
+        summary="Keep log lines with a job",
+        handler=keep_logs,
+        permission=Permission.WORK,
+        body=LogsIn,
+        body_max_bytes=attrgetter("batch_body_max_bytes"),
+        query=Nothing,
+        responds=LogsOut,
+        problems=(NotFound, LeaseLost, Unstorable, Unavailable, Overloaded),
+    ),
+)
