@@ -11,6 +11,8 @@ import msgspec
 import pytest
 
 from api_harness import client_of, services_over
+from clarion.api import commands, dead, history
+from clarion.api.access import Permission
 from clarion.api.services import Services
 from clarion.db import Database
 from clarion.job import DeadReason, JobChange, Requeued
@@ -59,6 +61,12 @@ async def in_state(jobs: Jobs, state: str, **options: Any) -> UUID:
 
 def problem(answer: httpx2.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["type"].removeprefix("/problems/")
+
+
+def test_whoever_acts_on_jobs_needs_leave_to_operate_and_to_read_what_happened_leave_to_read() -> None:
+    asked = {(operation.method, operation.permission) for operation in (*commands.OPERATIONS, *dead.OPERATIONS)}
+    assert asked == {("POST", Permission.OPERATE), ("PATCH", Permission.OPERATE), ("GET", Permission.READ)}
+    assert {operation.permission for operation in history.OPERATIONS} == {Permission.READ}
 
 
 # -- Cancel ----------------------------------------------------------------------------------------------------------

@@ -85,10 +85,10 @@ class Endings:
 
     async def _beat(self, beats: Sequence[Beat]) -> list[Heartbeat | None]:
         # Of one lease twice in a batch, both answers are alike; what the two have to say must not be lost, though.
-        held: dict[UUID, Heartbeat] = {}
+        held: dict[tuple[UUID, UUID], Heartbeat] = {}
         for round_of_beats in _one_per_token(beats):
-            held |= {answer.token: answer for answer in await self._store.heartbeat_jobs(round_of_beats)}
-        return [held.get(beat.token) for beat in beats]
+            held |= {(answer.id, answer.token): answer for answer in await self._store.heartbeat_jobs(round_of_beats)}
+        return [held.get((beat.id, beat.token)) for beat in beats]
 
     async def _log(self, calls: Sequence[Sequence[LogLine]]) -> list[Sequence[bool | None]]:
         kept = iter(await self._store.record_logs([line for lines in calls for line in lines]))

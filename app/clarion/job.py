@@ -149,7 +149,10 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Enqueued(msgspec.Struct, frozen=True):
-    """The answer to an enqueue that is committed; a replay has the `request` of the first call with its key."""
+    """The answer to an enqueue that is committed; a replay has the `request` of the first call with its key.
+
+    An empty state: not added, since a neighbour's key stands for another request.
+    """
 
     id: UUID
     state: str

@@ -12,8 +12,8 @@ from msgspec import Meta
 
 from clarion.api.access import Permission
 from clarion.api.command_forms import DeadFields, RedriveIn
+from clarion.api.cursor import decode_dead, encode_dead
 from clarion.api.decoding import Form, Nothing
-from clarion.api.keyset import decode_dead, encode_dead
 from clarion.api.operation import Call, Operation, Reply
 from clarion.api.payload import FaultFinder
 from clarion.api.representations import JobListOut, summary_out

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta, Raw
 
 from clarion.api.access import Permission
+from clarion.api.cursor import decode_line, encode_line
 from clarion.api.decoding import Form, Nothing
-from clarion.api.keyset import decode_line, encode_line
 from clarion.api.lookup import find_job, job_id_in
 from clarion.api.operation import Call, Operation, Reply
 from clarion.api.payload import FaultFinder

@@ -69,6 +69,7 @@ class JobRef(msgspec.Struct, frozen=True):
     id: UUID
     state: str
     run_at: datetime
+    replayed: bool = False
 
 
 class Batch(msgspec.Struct, frozen=True):

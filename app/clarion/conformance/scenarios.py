@@ -102,7 +102,7 @@ async def survives_unknown_members(trial: Trial) -> str:
 async def keeps_its_leases(trial: Trial) -> str:
     """Heartbeats name each lease it holds, more often than every half of the lease."""
     limit = trial.terms.lease_seconds / 2
-    offers = [trial.sleep(3.0), trial.sleep(3.0)]
+    offers = [trial.sleep(2.5), trial.sleep(2.5)]
     gaps = []
     for offer in offers:
         began = await trial.claim_of(offer)
@@ -180,12 +180,13 @@ async def drops_a_fenced_job(trial: Trial) -> str:
 
 async def drops_a_lost_job(trial: Trial) -> str:
     """Ends the handler of a job that a heartbeat calls lost, says nothing more about it, and goes on with the next."""
-    lost = trial.sleep(3.0)
+    # It would end well before the worker's own clock ends its lease.
+    lost = trial.sleep(2.0)
     lost.lease_status = "lost"
     began = await trial.claim_of(lost)
     told_at = (await trial.beat_of(lost)).at
     await trial.completion_of(trial.echo())
-    await trial.pass_time(began + 4.5 - time.monotonic())
+    await trial.pass_time(began + 3 - time.monotonic())
     said = trial.script.endings_of(lost)
     expect(not said, f"{_said(said)} {said[-1].at - told_at:.1f} s later" if said else "")
     return "nothing more was said, and the next one done"

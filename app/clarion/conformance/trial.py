@@ -78,9 +78,11 @@ class Trial:
         self._worker = await self._group.start(self._host_worker, self._leave, self._left)
 
     async def replace_worker(self) -> None:
-        """Kills the process and starts another."""
+        """Kills the process and starts another, which finds no request of the killed one waiting before it."""
         await self.worker.kill()
         await self._end_worker()
+        await self._server.close()
+        self._server.open()
         await self.start_worker()
 
     def echo(self, args: Mapping[str, Any] | None = None) -> Offer:
