@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.lowlevel
 import pytest
 from anyio import wait_all_tasks_blocked
 
@@ -302,3 +303,21 @@ async def test_answers_that_do_not_fit_the_items_are_a_bug(answers: list[int]) -
         with pytest.raises(ValueError, match="zip"):
             await batcher.run()
     assert len(callers.outcomes) == 2
+
+
+async def test_a_batch_is_bounded_in_bytes_too() -> None:
+    sizes: list[int] = []
+
+    async def flush(items: Sequence[int]) -> list[int]:
+        sizes.append(len(items))
+        return list(items)
+
+    batcher: Batcher[int, int] = Batcher(flush, batch_max=100, buffer_max=100, weigh=lambda _item: 3 << 20)
+    async with anyio.create_task_group() as group:
+        for item in range(9):
+            group.start_soon(batcher.submit, item)
+        group.start_soon(batcher.run)
+        while sum(sizes) < 9:
+            await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    assert sizes == [3, 3, 3]

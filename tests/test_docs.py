@@ -89,6 +89,13 @@ async def test_the_handlers_of_the_readme_run(tmp_path: Path) -> None:
         assert done.stdout.decode().strip() == str({"sent_to": "ada@example.org", "attempt": 1})
 
 
+async def test_the_tests_of_the_readme_pass(tmp_path: Path) -> None:
+    (tmp_path / "tasks.py").write_text(python_blocks()[0])
+    (tmp_path / "test_tasks.py").write_text(python_blocks()[3])
+    done = await anyio.run_process([sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, check=False)
+    assert b"3 passed" in done.stdout, done.stdout.decode()
+
+
 async def test_the_shared_pool_and_the_transaction_of_the_readme_work(
     settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +119,8 @@ def test_the_table_of_settings_is_the_settings() -> None:
 def test_the_commands_of_the_readme_exist() -> None:
     shell = "\n".join(content for language, content in blocks(README) if language == "sh")
     scripts = set(re.findall(r"^(scripts/\w+(?:\.py)?)", shell, re.MULTILINE))
-    assert scripts == {"scripts/dev", "scripts/test", "scripts/verify_e2e.py"}
+    named = {"scripts/dev", "scripts/test", "scripts/verify", "scripts/verify_e2e.py", "scripts/defects.py"}
+    assert scripts == named
     assert all((ROOT / script).stat().st_mode & 0o111 for script in scripts)
 
 

@@ -131,6 +131,13 @@ async def again(ctx: Context) -> None:
     raise Snooze(0)
 
 
+@worker.task("give-up")
+async def give_up(ctx: Context) -> None:
+    client: AsyncClient = ctx.state
+    await client.cancel(ctx.job.id)
+    await ctx.progress(1)
+
+
 @worker.task("transfer", max_attempts=1)
 async def transfer(ctx: Context, mode: str) -> None:
     connection = await asyncpg.connect(ctx.state)
@@ -348,6 +355,11 @@ async def test_a_job_survives_the_crash_of_its_worker(kit: Kit) -> None:
 async def test_a_crash_needs_a_job(kit: Kit) -> None:
     with pytest.raises(AssertionError, match="no job of this worker is ready"):
         await kit.crash(worker)
+
+
+async def test_a_job_that_is_cancelled_while_it_runs_ends_its_handler(kit: Kit) -> None:
+    await kit.enqueue(give_up.job())
+    assert told(await kit.drain(worker, state=kit.client())) == [("released", "cancelled")]
 
 
 async def test_a_transaction_of_the_handlers_own_decides(kit: Kit) -> None:

@@ -14,6 +14,8 @@ from clarion.db import Locked
 from clarion.errors import ClarionError, Overloaded, Unavailable, Unstorable
 from clarion.loops import Signal
 
+_BATCH_MAX_BYTES = 8 << 20
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -37,6 +39,8 @@ class _Waiting(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Turns single calls into sets. `flush` takes items and answers in their order, or raises and has done nothing.
 
+    A set has at most `batch_max` items, and not many more than 8 MiB as far as `weigh` tells an item's bytes.
+
     An item that Postgres refuses is bisected out: it gets `Unstorable`, its neighbours succeed. The same goes for
     an item whose row is locked by another session, unless both halves are.
     """
@@ -47,10 +51,12 @@ class Batcher(Generic[Item, Answer]):
         *,
         batch_max: int,
         buffer_max: int,
+        weigh: Callable[[Item], int] = lambda _item: 0,
     ) -> None:
         self._flush = flush
         self._batch_max = batch_max
         self._buffer_max = buffer_max
+        self._weigh = weigh
         self._waiting: deque[_Waiting[Item, Answer]] = deque()
         self._filled = Signal()
         self._ended = False
@@ -79,7 +85,7 @@ class Batcher(Generic[Item, Answer]):
             while True:
                 await self._filled.wait()
                 while self._waiting:
-                    batch = [self._waiting.popleft() for _ in range(min(self._batch_max, len(self._waiting)))]
+                    batch = self._next_batch()
                     await self._send_or_split(batch)
         finally:
             self._ended = True
@@ -87,6 +93,16 @@ class Batcher(Generic[Item, Answer]):
                 if not waiting.done.is_set():
                     waiting.fail(Unavailable("stopped before the commit was confirmed"))
             self._waiting.clear()
+
+    def _next_batch(self) -> list[_Waiting[Item, Answer]]:
+        """The next items, as many as one statement may hold, and one at least."""
+        batch, batch_bytes = [self._waiting.popleft()], 0
+        while self._waiting and len(batch) < self._batch_max:
+            batch_bytes += self._weigh(batch[-1].item)
+            if batch_bytes >= _BATCH_MAX_BYTES:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
 
     async def _send_or_split(self, batch: list[_Waiting[Item, Answer]]) -> None:
         error = await self._send(batch)

@@ -6,6 +6,7 @@ again with the same token.
 """
 
 from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
 from anyio.abc import TaskGroup
@@ -29,8 +30,10 @@ class Endings:
     def __init__(self, store: Store, ringer: Ringer, *, buffer_max: int) -> None:
         self._store = store
         self._ringer = ringer
-        limits = {"batch_max": _BATCH_MAX, "buffer_max": buffer_max}
-        self._completions: Batcher[Completion, Completed] = Batcher(store.complete_jobs, **limits)
+        limits: dict[str, Any] = {"batch_max": _BATCH_MAX, "buffer_max": buffer_max}
+        self._completions: Batcher[Completion, Completed] = Batcher(
+            store.complete_jobs, **limits, weigh=lambda completion: len(completion.result or "")
+        )
         self._failures: Batcher[Failure, Ended] = Batcher(self._fail, **limits)
         self._snoozings: Batcher[Snoozing, Ended] = Batcher(self._snooze, **limits)
         self._releases: Batcher[Release, Ended] = Batcher(self._release, **limits)

@@ -27,8 +27,8 @@ class Enqueuer:
         self._store = store
         self._ringer = ringer
         limits = {"batch_max": settings.batch_max_jobs, "buffer_max": settings.enqueue_buffer_max_jobs}
-        self._keyless: Batcher[NewJob, Enqueued] = Batcher(self._add, **limits)
-        self._keyed: Batcher[NewJob, Enqueued] = Batcher(self._add_keyed, **limits)
+        self._keyless: Batcher[NewJob, Enqueued] = Batcher(self._add, **limits, weigh=_weigh)
+        self._keyed: Batcher[NewJob, Enqueued] = Batcher(self._add_keyed, **limits, weigh=_weigh)
 
     async def enqueue_one(self, job: NewJob) -> Enqueued:
         """Adds a job, together with those of other callers; returns after its commit."""
@@ -87,3 +87,7 @@ async def enqueue_each(enqueue: Enqueue, jobs: Sequence[NewJob]) -> list[Enqueue
 
 def _in_flight() -> IdempotencyInFlight:
     return IdempotencyInFlight("another request with this idempotency key is being committed")
+
+
+def _weigh(job: NewJob) -> int:
+    return len(job.args)

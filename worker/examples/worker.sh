@@ -9,22 +9,19 @@
 # CLARION_DRAIN_SECONDS  time that a running job gets after SIGTERM before it is handed back; default: 20
 #
 # Limits: Linux (the clock is /proc/uptime), bash 4.4, curl 7.71. JSON is read a character at a time: keep arguments
-# under a megabyte. A worker that is killed, not stopped, leaves its handler running.
+# under a megabyte. systemd has to stop it with KillMode=mixed, so that its children get no signal of their own.
 set -euo pipefail
-set -m         # every background process leads a group: a handler is ended with all its children
 LC_ALL=C.UTF-8 # for printf: \u, and no decimal commas
-
 tasks='["demo.echo", "demo.sleep", "demo.fail", "demo.sha256"]'
 
-# Gets a task and its arguments, as JSON, and prints the result, as JSON or not at all. Where a command fails, the job
-# does, and what was written to standard error is the message.
+# Gets a task and its arguments, as JSON; prints the result, as JSON or not at all. Where a command fails, the job does,
+# and what was written to standard error is the message.
 handle() {
-  local task=$1 args=$2
-  case $task in
-    demo.echo) printf '%s' "$args" ;;
-    demo.sleep) sleep "$(member seconds <<<"$args")" ;;
-    demo.fail) text_of "$(member message <<<"$args")" >&2 && return 1 ;;
-    demo.sha256) text_of "$(member text <<<"$args")" | sha256sum | sed 's/ .*//; s/.*/{"sha256": "&"}/' ;;
+  case $1 in
+    demo.echo) printf '%s' "$2" ;;
+    demo.sleep) sleep "$(member seconds <<<"$2")" ;;
+    demo.fail) text_of "$(member message <<<"$2")" >&2 && return 1 ;;
+    demo.sha256) text_of "$(member text <<<"$2")" | sha256sum | sed 's/ .*//; s/.*/{"sha256": "&"}/' ;;
   esac
 }
 
@@ -41,11 +38,9 @@ member() {
     }
     { gsub(/\t/, " "); json = json $0 " " }
     END {
-      size = length(json)
-      for (i = 1; i <= size; i++) {
-        c = substr(json, i, 1)
+      for (i = 1; (c = substr(json, i, 1)) != ""; i++) {
         if (c == "\"") {
-          for (from = ++i; i <= size && (c = substr(json, i, 1)) != "\""; i++) if (c == "\\") i++
+          for (from = ++i; (c = substr(json, i, 1)) != "\"" && c != ""; i++) if (c == "\\") i++
           string = substr(json, from, i - from)
         } else if (c == ":") { name[depth] = string; start[depth] = i + 1 }
         else if (c == "{" || c == "[") start[++depth] = 0
@@ -78,30 +73,41 @@ json_of() {
 
 log() { printf '%(%FT%T%z)T %s\n' -1 "$*" >&2; }
 ms_of() { printf '%.0f' "${1}e3"; }
-seconds_of() { printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000)); }
 clock() { read -r now _ </proc/uptime; now=$((10#${now/./} * 10)); } # sets `now`, in ms; nobody can set this clock
-pause() { read -r -t "$(seconds_of "$1")" -u "$bell" _ || true; }    # so many ms, or until the bell rings
 is_alive() { kill -0 "$1" 2>/dev/null; }
 end() { kill "-$1" -- "-$2" 2>/dev/null || true; }
 
-# Posts a body; more arguments are curl's. Sets `answer`, and `status`, which is empty where no whole answer came. curl
-# runs in the background, since a trap would wait for what runs in front.
+# Waits so many seconds, or until the bell rings: something has ended, or a signal came. The first signal asks for an
+# orderly stop; a second one, or the death of the process that gets them, is obeyed at once.
+pause() {
+  local rung=''
+  read -r -t "$1" -u "$bell" rung || true
+  if [[ $rung == stop && $stopping == signal ]] || ! is_alive $$; then
+    end KILL "$request" && end KILL "${handler:-$request}" && exit 1
+  fi
+  if [[ $rung == stop ]]; then stopping=signal; fi
+}
+
+# Posts a body; more arguments are curl's. Sets `answer`, and `status`, which is empty where no whole answer came.
 post() {
-  local to=$url$1 body=$2
-  shift 2
-  rm -f "$dir/status" && : >"$dir/answer"
-  { printf '%s' "$body" | curl --silent --show-error --header "@$dir/headers" --data-binary @- --output "$dir/answer" \
-    --write-out '%{http_code}' "$@" "$to" >"$dir/code" && mv "$dir/code" "$dir/status"; } &
+  rm -f "$dir/status" && : >"$dir/answer" && printf '%s' "$2" >"$dir/body"
+  {
+    curl --silent --show-error --header "@$dir/headers" --data-binary "@$dir/body" --output "$dir/answer" \
+      --write-out '%{http_code}' "${@:3}" "$url$1" >"$dir/code" || : >"$dir/code"
+    mv "$dir/code" "$dir/status" && echo >&"$bell"
+  } &
   request=$!
-  if [[ $polling && $stopping ]]; then end TERM "$request"; fi
-  while is_alive "$request"; do wait "$request" 2>/dev/null || true; done
+  while [[ ! -e $dir/status && ! ($polling && $stopping) ]] && is_alive "$request"; do pause 1; done
+  if [[ ! -e $dir/status ]]; then end TERM "$request"; fi
+  wait "$request" 2>/dev/null || true
   status=$(cat "$dir/status" 2>/dev/null || true) answer=$(<"$dir/answer")
 }
 
 # Renews the lease, or without one says "I am alive"; sets `verdict` where the job is to end early.
 heartbeat() {
   local sent=$now held=${job[token]:+"{\"token\": ${job[token]}}"}
-  post /v1/leases/heartbeat "{$who, \"leases\": [$held]}" --max-time "$(seconds_of "$third")"
+  post /v1/leases/heartbeat "{$who, \"leases\": [$held]}" \
+    --max-time $(((third < expires_at - now ? third : expires_at - now) / 1000 + 1))
   clock
   beat_at=$((now + third / 4)) # without an answer, or where the row was busy
   if [[ $(member directive <<<"$answer") == '"drain"' ]]; then stopping=${stopping:-directive}; fi
@@ -124,16 +130,14 @@ report() {
 
 # Runs the job in `answer`: keeps its lease, ends it early where it must, and reports how it ended.
 run() {
-  local depth name value text verdict='' never=$((1 << 62))
-  while IFS=$'\t' read -r depth name value; do
-    if [[ $depth == 3 ]]; then job[$name]=$value; fi
-  done < <(member <<<"$answer")
+  local depth name value text verdict=''
+  while IFS=$'\t' read -r depth name value; do [[ $depth != 3 ]] || job[$name]=$value; done < <(member <<<"$answer")
+  [[ ${job[token]:-} ]] || return 0
   third=$(($(ms_of "${job[lease]}") / 3)) drain_at=$never timeout_at=$never
-  clock
+  clock && rm -f "$dir/end"
   # The lease began while the claim waited: nobody here knows when, so after a long wait a heartbeat is due at once.
   beat_at=$((asked + third)) expires_at=$((now + 3 * third))
   if [[ ${job[timeout]} != null ]]; then timeout_at=$((now + $(ms_of "${job[timeout]}"))); fi
-  rm -f "$dir/end"
   (
     trap '[[ -s $dir/end ]] || echo failure >"$dir/end"; echo >&"$bell"' EXIT
     handle "${job[task]//\"/}" "${job[args]}" <<<"${job[args]}" >"$dir/result" 2>"$dir/error"
@@ -147,53 +151,49 @@ run() {
     elif ((now >= timeout_at)); then verdict=timeout
     elif ((now >= drain_at)); then verdict=release
     elif ((now >= beat_at)); then heartbeat
-    else pause 200; fi
+    else pause 0.2; fi
   done
   # A lost job's handler is killed at once, since somebody else may run it by now; others have 2 s to end.
-  if [[ $verdict && $verdict != lost ]]; then
-    end TERM "$handler"
-    for _ in {1..20}; do if [[ ! -s $dir/end ]]; then pause 100; fi; done
-  fi
+  for _ in {1..20}; do if [[ ! -s $dir/end && $verdict != lost ]]; then end TERM "$handler" && pause 0.1; fi; done
   end KILL "$handler"
   wait "$handler" 2>/dev/null || true
   handler='' value=$(<"$dir/result") text=$(json_of "$(head -c 4000 "$dir/error")")
   if [[ $verdict == lost ]]; then log "${job[id]}: lease lost, outcome dropped"
-  elif [[ $(cat "$dir/end") == success ]]; then report complete "{\"result\": ${value:-null}}"
+  elif grep -qs success "$dir/end"; then report complete "{\"result\": ${value:-null}}"
   elif [[ $verdict == release ]]; then report release ''
   else report fail "{\"error\": {\"type\": \"Failure\", \"message\": $text}, \"outcome\": \"${verdict:-failed}\"}"; fi
 }
 
-# The first signal asks for an orderly stop, a second one is obeyed at once.
-stop() {
-  if [[ $stopping == signal ]]; then end KILL "$request" && end KILL "${handler:-$request}" && exit 1; fi
-  stopping=signal
-  if [[ $polling ]]; then end TERM "$request"; fi
+# Claims and runs jobs, one after the other.
+work() {
+  set -m # every process that starts here leads a group: a handler is ended with all its children
+  while [[ ! $stopping ]]; do
+    declare -A job=()
+    third=10000 expires_at=$never polling=yes && clock && asked=$now
+    post /v1/leases "$claim" --max-time 45
+    polling=''
+    case $status in
+      200) run ;;
+      204) heartbeat && if ((now - asked < 1000)); then pause 1; fi ;; # it may be told to drain; and it never spins
+      '' | 408 | 429 | 5??) if [[ ! $stopping ]]; then pause 1.$((RANDOM % 1000)); fi ;;
+      *) log "claim: HTTP $status $answer" && return 1 ;; # a wrong token or queue: repeating helps nobody
+    esac
+  done
+  : >"$dir/finished"
 }
 
-third=10000 stopping='' polling='' handler='' request='' drain_ms=$(ms_of "${CLARION_DRAIN_SECONDS:-20}")
+never=$((1 << 62)) stopping='' polling='' handler='' request='' drain_ms=$(ms_of "${CLARION_DRAIN_SECONDS:-20}")
 url=${CLARION_URL:-http://127.0.0.1:8080} queues=${CLARION_QUEUES:-default}
 # The id is fresh in each process: nobody else can hold what this one was given.
 who="\"worker\": \"$(</proc/sys/kernel/random/uuid)\", \"lease\": \"${CLARION_LEASE:-30s}\""
 claim="{$who, \"queues\": [\"${queues//,/\", \"}\"], \"tasks\": $tasks, \"max\": 1, \"wait\": \"30s\"}"
 refused='{"error": {"type": "ResultRefused", "message": "the server does not take what the handler said"}}'
-dir=$(mktemp -d)
-trap 'rm -r -- "$dir"' EXIT
-trap stop TERM INT
-mkfifo "$dir/bell"
-exec {bell}<>"$dir/bell"
-echo 'content-type: application/json' >"$dir/headers"
-if [[ ${CLARION_API_TOKEN:-} ]]; then echo "authorization: Bearer $CLARION_API_TOKEN" >>"$dir/headers"; fi
+dir=$(mktemp -d) && trap 'rm -r -- "$dir"' EXIT
+mkfifo "$dir/bell" && exec {bell}<>"$dir/bell"
+auth=${CLARION_API_TOKEN:+"authorization: Bearer $CLARION_API_TOKEN"}
+printf '%s\n' 'content-type: application/json' "$auth" >"$dir/headers"
 log "$who at $url"
-while [[ ! $stopping ]]; do
-  declare -A job=()
-  clock
-  asked=$now polling=yes
-  post /v1/leases "$claim" --max-time 45
-  polling=''
-  case $status in
-    200) run ;;
-    204) heartbeat && if ((now - asked < 1000)); then pause 1000; fi ;; # it may be told to drain; and it never spins
-    '' | 408 | 429 | 5??) if [[ ! $stopping ]]; then pause $((1000 + RANDOM % 1000)); fi ;;
-    *) log "claim: HTTP $status $answer" && exit 1 ;; # a wrong token or queue: repeating helps nobody
-  esac
-done
+work &
+trap 'echo stop >&"$bell"' TERM INT
+while is_alive $!; do wait $! || true; done # here a trap runs at once, and bash is in the middle of nothing
+[[ -e $dir/finished ]]

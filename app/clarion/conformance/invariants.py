@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from clarion.conformance.forms import Heartbeat
+from clarion.api.lease_forms import HeartbeatIn
 from clarion.conformance.script import Call
 from clarion.conformance.trial import Trial, expect
 
@@ -56,7 +56,7 @@ def shows_its_api_token(trials: Sequence[Trial]) -> str:
 
 
 def _tokens(call: Call) -> list[str]:
-    named = [lease.token for lease in call.form.leases] if isinstance(call.form, Heartbeat) else []
+    named = [lease.token for lease in call.form.leases] if isinstance(call.form, HeartbeatIn) else []
     return named if call.token is None else [*named, call.token]
 
 

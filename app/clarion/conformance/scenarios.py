@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
-from clarion.conformance.forms import Claim, Complete, Fail, Heartbeat, Verb
+from clarion.api.decoding import decode
+from clarion.api.lease_forms import CompleteIn, ErrorIn, FailIn, HeartbeatIn, LeasesIn, Verdict
+from clarion.conformance.forms import Verb
 from clarion.conformance.script import Call, Refusal
 from clarion.conformance.trial import QUEUES, TASKS, Terms, Trial, expect
 
@@ -50,11 +52,11 @@ async def asks_for_leases(trial: Trial) -> str:
     await trial.until(lambda: trial.script.calls_of(Verb.CLAIM), "a request for leases")
     call = trial.script.calls_of(Verb.CLAIM)[0]
     claim = call.form
-    expect(isinstance(claim, Claim), call.fault or "")
-    assert isinstance(claim, Claim)  # noqa: S101  for the type checker
+    expect(isinstance(claim, LeasesIn), call.fault or "")
+    assert isinstance(claim, LeasesIn)  # noqa: S101  for the type checker
     expect(sorted(claim.queues) == sorted(QUEUES), f"queues {claim.queues} instead of {list(QUEUES)}")
     expect(claim.wait_seconds > 0, "no wait: it would have to ask again and again")
-    if isinstance(claim.tasks, list):
+    if claim.tasks is not None:
         expect(set(TASKS) <= set(claim.tasks), f"tasks {claim.tasks} without all of {', '.join(TASKS)}")
     expect(call.authorization == f"Bearer {trial.terms.token}", f"Authorization: {call.authorization}")
     return f"worker {claim.worker}, wait {claim.wait}, max {claim.max}"
@@ -75,7 +77,7 @@ async def waits_in_its_requests(trial: Trial) -> str:
     await trial.pass_time(3.0)
     calls = trial.script.calls_of(Verb.CLAIM)
     told = f"{len(calls)} requests in 3 s, each answered after 1 s"
-    expect(all(isinstance(call.form, Claim) and call.form.wait_seconds > 0 for call in calls), "no wait")
+    expect(all(isinstance(call.form, LeasesIn) and call.form.wait_seconds > 0 for call in calls), "no wait")
     expect(len(calls) <= 10, told)
     return told
 
@@ -128,11 +130,11 @@ async def reports_failures(trial: Trial) -> str:
     """Fails a job whose handler failed, with the type of the error and its message."""
     message = 'no "such" file: naïve\\☃ 𝄞'
     call = await trial.ending_of(trial.script.offer("demo.fail", {"message": message}))
-    expect(isinstance(call.form, Fail), f"{call.verb}: {call.fault or call.form}")
-    assert isinstance(call.form, Fail)  # noqa: S101  for the type checker
-    error = call.form.error
-    expect(message in error.message, f"message {error.message!r} instead of {message!r}")
-    expect(call.form.outcome == "failed", f"outcome {call.form.outcome}")
+    expect(isinstance(call.form, FailIn), f"instead of fail: {call}")
+    assert isinstance(call.form, FailIn)  # noqa: S101  for the type checker
+    error = decode(bytes(call.form.error), ErrorIn)
+    expect(error.type and message in error.message, f"{error} instead of a type and {message!r}")
+    expect(call.form.outcome is Verdict.FAILED, f"outcome {call.form.outcome}")
     return f"{error.type}: {error.message}"
 
 
@@ -141,7 +143,7 @@ async def ends_jobs_at_their_timeout(trial: Trial) -> str:
     offer = trial.sleep(20.0, timeout_seconds=1.0)
     began = await trial.claim_of(offer)
     call = await trial.ending_of(offer)
-    expect(isinstance(call.form, Fail) and call.form.outcome == "timeout", f"{call.verb}: {call.fault or call.form}")
+    expect(isinstance(call.form, FailIn) and call.form.outcome is Verdict.TIMEOUT, str(call))
     told = f"{call.at - began:.1f} s after the claim"
     expect(0.8 <= call.at - began < 8, told)
     return told
@@ -152,7 +154,7 @@ async def repeats_after_503(trial: Trial) -> str:
     offer = trial.echo()
     offer.refuse(Verb.COMPLETE, Refusal(status=503, retry_after_seconds=1))
     first, second = [await trial.completion_of(offer, count=count) for count in (1, 2)]
-    expect(second.form == first.form, f"{second.form} after {first.form}")
+    expect(_canonical(_result(second)) == _canonical(_result(first)), f"{second} after {first}")
     told = f"the same again after {second.at - first.at:.1f} s"
     expect(second.at - first.at >= 1 - _SLACK_SECONDS, told)
     return told
@@ -163,7 +165,7 @@ async def repeats_after_a_cut(trial: Trial) -> str:
     offer = trial.echo()
     offer.refuse(Verb.COMPLETE, Refusal(cut=True))
     first, second = [await trial.completion_of(offer, count=count) for count in (1, 2)]
-    expect(second.form == first.form, f"{second.form} after {first.form}")
+    expect(_canonical(_result(second)) == _canonical(_result(first)), f"{second} after {first}")
     return f"the same again after {second.at - first.at:.1f} s"
 
 
@@ -211,7 +213,7 @@ async def releases_a_cancelled_job(trial: Trial) -> str:
     offer.lease_status = "cancel"
     began = await trial.claim_of(offer)
     call = await trial.ending_of(offer)
-    expect(call.verb is Verb.RELEASE, f"{call.verb}: {call.fault or call.form}")
+    expect(call.verb is Verb.RELEASE, str(call))
     told = f"released {call.at - began:.1f} s after the claim"
     expect(call.at - began < trial.terms.lease_seconds, told)
     await trial.completion_of(trial.echo())
@@ -255,7 +257,7 @@ async def finishes_when_stopped(trial: Trial) -> str:
     told = await _stop(trial, within_seconds=2 + _IDLE_EXIT_SECONDS)
     said = trial.script.endings_of(offer)
     expect(said, f"{told}, and no word about the job")
-    expect(said[0].verb in {Verb.COMPLETE, Verb.RELEASE}, f"{_said(said)}: {said[0].fault or said[0].form}")
+    expect(said[0].verb in {Verb.COMPLETE, Verb.RELEASE}, str(said[0]))
     return f"{_said(said)}; {told}"
 
 
@@ -302,7 +304,7 @@ def _expect_silence(trial: Trial, since: float) -> None:
 
 def _ids(trial: Trial, start: int) -> set[str]:
     forms = [call.form for call in trial.script.calls if call.start == start]
-    return {str(form.worker) for form in forms if isinstance(form, Claim | Heartbeat)}
+    return {str(form.worker) for form in forms if isinstance(form, LeasesIn | HeartbeatIn)}
 
 
 def _said(calls: Sequence[Call]) -> str:
@@ -310,8 +312,9 @@ def _said(calls: Sequence[Call]) -> str:
 
 
 def _result(call: Call) -> Any:
-    assert isinstance(call.form, Complete)  # noqa: S101  it is a completion without a fault
-    return call.form.result
+    assert isinstance(call.form, CompleteIn)  # noqa: S101  it is a completion without a fault
+    text = call.form.result_text
+    return None if text is None else msgspec.json.decode(text)
 
 
 def _canonical(value: Any) -> bytes:

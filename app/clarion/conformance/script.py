@@ -4,15 +4,15 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import anyio
 import msgspec
 
-from clarion.conformance.forms import ENDINGS, Form, Heartbeat, Verb
-
-FormT = TypeVar("FormT", bound=Form)
+from clarion.api.decoding import Form
+from clarion.api.lease_forms import HeartbeatIn
+from clarion.conformance.forms import ENDINGS, Verb, shown
 
 LeaseStatus = Literal["extended", "cancel", "lost"]
 
@@ -37,12 +37,16 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     verb: Verb | None
     token: str | None
     authorization: str | None
+    body: bytes
     form: Form | None
     fault: str | None
 
+    def __str__(self) -> str:
+        return f"{self.verb or self.path} {self.fault or shown(self.body)}".strip()
+
     def names(self, token: str) -> bool:
         """Whether it is a heartbeat for this lease."""
-        return isinstance(self.form, Heartbeat) and any(lease.token == token for lease in self.form.leases)
+        return isinstance(self.form, HeartbeatIn) and any(lease.token == token for lease in self.form.leases)
 
 
 class Offer:

@@ -16,7 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from clarion.conformance.forms import ENDINGS, Claim, Form, Heartbeat, Verb, read_form
+from clarion.api.decoding import Form
+from clarion.api.lease_forms import CompleteIn, HeartbeatIn, LeasesIn, LogsIn
+from clarion.api.representations import raw
+from clarion.conformance.forms import ENDINGS, Verb, read_form
 from clarion.conformance.script import Call, Offer, Refusal, Script
 
 _LONG_AGO = "2026-01-01T00:00:00Z"
@@ -97,11 +100,11 @@ def create_app(script: Script) -> Starlette:
 
     async def claim(request: Request) -> Response:
         form = await _read(script, request, Verb.CLAIM)
-        return await _answer_claim(script, request, form) if isinstance(form, Claim) else _problem(400)
+        return await _answer_claim(script, request, form) if isinstance(form, LeasesIn) else _problem(400)
 
     async def heartbeat(request: Request) -> Response:
         form = await _read(script, request, Verb.HEARTBEAT)
-        return _answer_heartbeat(script, form) if isinstance(form, Heartbeat) else _problem(400)
+        return _answer_heartbeat(script, form) if isinstance(form, HeartbeatIn) else _problem(400)
 
     async def call(request: Request) -> Response:
         verb, token = _verb_of(request), request.path_params["token"]
@@ -143,6 +146,7 @@ async def _read(script: Script, request: Request, verb: Verb | None, token: str 
         verb=verb,
         token=token,
         authorization=request.headers.get("authorization"),
+        body=body,
         form=read if isinstance(read, Form) else None,
         fault=read if isinstance(read, str) else None,
     )
@@ -150,7 +154,7 @@ async def _read(script: Script, request: Request, verb: Verb | None, token: str 
     return call.form
 
 
-async def _answer_claim(script: Script, request: Request, claim: Claim) -> Response:
+async def _answer_claim(script: Script, request: Request, claim: LeasesIn) -> Response:
     """Waits for jobs as long as it was asked to, or as long as the script wants, or until nobody listens any more."""
     found: list[Offer] = []
 
@@ -198,7 +202,7 @@ def _lease(script: Script, offer: Offer) -> dict[str, Any]:
     }
 
 
-def _answer_heartbeat(script: Script, heartbeat: Heartbeat) -> Response:
+def _answer_heartbeat(script: Script, heartbeat: HeartbeatIn) -> Response:
     if script.heartbeats_fail:
         return _problem(503, {"Retry-After": "1"})
     leases = []
@@ -222,8 +226,8 @@ def _answer_call(script: Script, verb: Verb, offer: Offer, form: Form) -> Respon
         return _problem(refusal.status, {} if seconds is None else {"Retry-After": str(seconds)})
     if offer.ended not in {None, verb} or offer.told == "lost":
         return _problem(409)
-    if verb is Verb.LOGS:
-        return _json(script, {"kept": len(getattr(form, "lines", ())), "dropped": 0})
+    if isinstance(form, LogsIn):
+        return _json(script, {"kept": len(form.lines), "dropped": 0})
     if verb is Verb.PROGRESS:
         return _json(script, {"status": offer.told, "lease": script.lease_seconds})
     # Cut off, the worker cannot know whether it was done, so it may as well not have been.
@@ -232,8 +236,8 @@ def _answer_call(script: Script, verb: Verb, offer: Offer, form: Form) -> Respon
 
 
 def _ending(verb: Verb, offer: Offer, form: Form) -> dict[str, Any]:
-    if verb is Verb.COMPLETE:
-        return {"id": offer.id, "state": _STATES[verb], "result": getattr(form, "result", None)}
+    if isinstance(form, CompleteIn):
+        return {"id": offer.id, "state": _STATES[verb], "result": raw(form.result_text)}
     state = "cancelled" if offer.lease_status == "cancel" else _STATES[verb]
     return {"id": offer.id, "state": state, "run_at": _LONG_AGO}
 

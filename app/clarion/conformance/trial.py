@@ -124,8 +124,8 @@ class Trial:
     async def completion_of(self, offer: Offer, *, count: int = 1) -> Call:
         """The same, where only success will do."""
         call = await self.ending_of(offer, count=count)
-        expect(call.verb is Verb.COMPLETE, f"{call.verb} instead of complete: {call.fault or call.form}")
-        expect(call.fault is None, f"complete: {call.fault}")
+        expect(call.verb is Verb.COMPLETE, f"instead of complete: {call}")
+        expect(call.fault is None, str(call))
         return call
 
     async def exit_after(self, number: signal.Signals | None = None) -> tuple[int, float]:
