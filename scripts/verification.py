@@ -1,4 +1,4 @@
-"""What the verify_*.py scripts share: a deployment to talk to, workers to hurt, and a table of what was proven."""
+"""What the verify_*.py scripts share: a deployment to talk to, workers to hurt, and a report of what was proven."""
 
 import argparse
 import os
@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -20,11 +20,13 @@ import msgspec
 from anyio.abc import ByteReceiveStream, Process
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
 from clarion.embedded import running_postgres
 
-console = Console(stderr=True)
+SCRIPTS = Path(__file__).resolve().parent
+
+console = Console(stderr=True, soft_wrap=True)
 
 
 class VerificationError(Exception):
@@ -36,21 +38,31 @@ def _first(error: BaseException) -> BaseException:
 
 
 class Deployment(msgspec.Struct, frozen=True):
-    """A running Clarion: its API, and the database behind it, to look whether the API tells the truth."""
+    """A running Clarion: its API, and where it is known the database behind it, for workers in Python and to look."""
 
     url: str
-    database_url: str
+    database_url: str = ""
     token: str = ""
 
-    def client(self) -> httpx2.AsyncClient:
-        """An HTTP client for its API."""
-        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        limits = httpx2.Limits(max_connections=32)
+    def client(self, *, actor: str = "verification", connections_max: int = 64) -> httpx2.AsyncClient:
+        """An HTTP client for its API; `actor` is who timelines say it was."""
+        headers = {"x-clarion-actor": actor}
+        if self.token:
+            headers["authorization"] = f"Bearer {self.token}"
+        limits = httpx2.Limits(max_connections=connections_max)
         return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=60, limits=limits)
+
+    def known_database_url(self) -> str:
+        """The database's address; raises VerificationError where only the API's was given."""
+        if not self.database_url:
+            raise VerificationError(
+                "--url needs --database-url too: this verification looks behind the API, or starts workers there"
+            )
+        return self.database_url
 
 
 class WorkerProcess:
-    """A `clarion worker --demo` that may be stopped, killed and looked at."""
+    """A `clarion worker` that may be stopped, killed and looked at."""
 
     def __init__(self, child: "Child", worker_id: UUID) -> None:
         self.child = child
@@ -62,42 +74,61 @@ class WorkerProcess:
         self.process.send_signal(number)
 
 
+class Check(msgspec.Struct, frozen=True):
+    """A promise, and what shows that it held or did not; `ok` is None where it could not be tried."""
+
+    ok: bool | None
+    promise: str
+    evidence: str
+
+
 class Report:
-    """Collects what was checked and prints it as a table; `failed` says whether anything was not as promised."""
+    """Collects what was checked, and prints each check at once; `failed` says whether anything was not as promised."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._rows: list[tuple[bool, str, str]] = []
+        self._checks: list[Check] = []
 
     @property
     def failed(self) -> bool:
-        """Whether any row is a failure."""
-        return not all(ok for ok, _, _ in self._rows)
+        """Whether any promise was broken, or none was looked at."""
+        return not self._checks or any(check.ok is False for check in self._checks)
 
     def check(self, promise: str, *, ok: bool, evidence: str) -> None:
         """Notes whether a promise held, and what shows it."""
-        self._rows.append((ok, promise, evidence))
+        self._note(Check(ok, promise, evidence))
 
-    def print(self, *, as_json: bool) -> None:
-        """The table on standard output, or one JSON object."""
+    def skip(self, promise: str, *, because: str) -> None:
+        """Notes a promise that cannot be tried here."""
+        self._note(Check(None, promise, because))
+
+    def conclude(self, *, seconds: float, as_json: bool) -> None:
+        """The verdict on standard output, or all of it as one JSON object."""
         if as_json:
-            rows = [{"ok": ok, "promise": promise, "evidence": evidence} for ok, promise, evidence in self._rows]
-            print(msgspec.json.encode({"title": self._title, "ok": not self.failed, "checks": rows}).decode())
+            document = {"title": self._title, "ok": not self.failed, "seconds": round(seconds, 1)}
+            print(msgspec.json.encode(document | {"checks": self._checks}).decode())
             return
-        table = Table("", "promise", "evidence", title=self._title)
-        for ok, promise, evidence in self._rows:
-            table.add_row("[green]✓[/]" if ok else "[red]✗[/]", promise, evidence)
-        screen = Console()
-        Console(width=None if screen.is_terminal else 130).print(table)
+        held = sum(check.ok is True for check in self._checks)
+        verdict = "NOT AS PROMISED" if self.failed else "proven" if held else "skipped"
+        figures = f"in {seconds:.1f} s, {held} of {len(self._checks)} checks: {self._title}"
+        Console(soft_wrap=True).print(Text(verdict, style="red" if self.failed else "green"), Text(figures))
+
+    def _note(self, check: Check) -> None:
+        self._checks.append(check)
+        mark = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("skipped", "yellow")}[check.ok]
+        Console(soft_wrap=True).print(Text.assemble(mark, f" {check.promise}: {check.evidence}"))
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The flags every verification has."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The flags every verification has; the description is best the script's own `__doc__`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--url", help="a running API; default: an ephemeral stack of its own")
-    parser.add_argument("--database-url", default=os.environ.get("CLARION_DATABASE_URL", ""), help="its database")
+    database_url = os.environ.get("CLARION_DATABASE_URL", "")
+    parser.add_argument("--database-url", default=database_url, help="its database, where the script needs it")
     parser.add_argument("--token", default=os.environ.get("CLARION_API_TOKEN", ""), help="its API token, if it has one")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
 
@@ -105,10 +136,6 @@ def arguments(description: str) -> argparse.ArgumentParser:
 async def deployment(options: argparse.Namespace) -> AsyncIterator[Deployment]:
     """The deployment that the flags name, or an ephemeral one that ends with this block."""
     if options.url:
-        if not options.database_url:
-            raise VerificationError(
-                "--url needs --database-url too: the verification looks behind the API and starts workers there"
-            )
         yield Deployment(options.url.rstrip("/"), options.database_url, options.token)
         return
     with running_postgres(None) as server:
@@ -131,10 +158,19 @@ async def stack(database_url: str) -> AsyncIterator[Deployment]:
 
 @asynccontextmanager
 async def worker(target: Deployment, *flags: str) -> AsyncIterator[WorkerProcess]:
-    """A worker process with the demo tasks, once it has started; killed at the end if it still lives."""
-    command = [*clarion(), "worker", "--demo", "--log-format", "json", "--log-level", "info"]
-    command += ["--database-url", target.database_url, *flags]
-    async with running(command) as child:
+    """A worker process with the demo tasks and those of `verification_tasks`, once it has started."""
+    command = [
+        *clarion(),
+        "worker",
+        "verification_tasks:tasks",
+        "--demo",
+        "--log-format",
+        "json",
+        "--log-level",
+        "info",
+    ]
+    command += ["--database-url", target.known_database_url(), *flags]
+    async with running(command, cwd=SCRIPTS) as child:
         line = msgspec.json.decode(await child.line_with('"worker.started"'))
         yield WorkerProcess(child, UUID(line["worker_id"]))
 
@@ -181,11 +217,23 @@ async def _lines(stream: ByteReceiveStream) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def running(command: list[str], *, cwd: Path | None = None, merge_output: bool = False) -> AsyncIterator[Child]:
-    """A child process that does not outlive the block; with `merge_output` its standard output is read as well."""
+async def running(
+    command: list[str],
+    *,
+    cwd: Path | None = None,
+    merge_output: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> AsyncIterator[Child]:
+    """A child process that does not outlive the block; `variables` come on top of our environment.
+
+    With `merge_output` its standard output is read as well.
+    """
     if merge_output:
         command = ["sh", "-c", 'exec "$@" >&2', "sh", *command]
-    process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=cwd)
+    environment = os.environ | dict(variables or {})
+    process = await anyio.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=cwd, env=environment
+    )
     child = Child(process)
     try:
         async with anyio.create_task_group() as group:
@@ -211,7 +259,7 @@ def clarion() -> list[str]:
 @asynccontextmanager
 async def database(target: Deployment) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """A connection to look behind the API with."""
-    connection = await asyncpg.connect(target.database_url)
+    connection = await asyncpg.connect(target.known_database_url())
     try:
         yield connection
     finally:
@@ -245,10 +293,24 @@ class ProgressBar:
 
 
 def run(main: Any, options: argparse.Namespace) -> None:
-    """Runs `main(options)`, which answers a report; prints it and exits 1 if anything was not as promised."""
+    """Runs `main(options)`, which answers a report; prints the verdict and exits 1 if anything was not as promised."""
+    began = time.monotonic()
+    # Ended as Ctrl-C ends it, so that nothing that it started outlives it.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        report: Report = anyio.run(main, options)
-    except* VerificationError as group:
-        sys.exit(f"cannot verify: {_first(group)}")
-    report.print(as_json=options.json)
+        report = _report_of(main, options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    report.conclude(seconds=time.monotonic() - began, as_json=options.json)
     sys.exit(1 if report.failed else 0)
+
+
+def _report_of(main: Any, options: argparse.Namespace) -> Report:
+    try:
+        # With --json standard output is for the one object.
+        with redirect_stdout(sys.stderr if options.json else sys.stdout):
+            report: Report = anyio.run(main, options)
+    except* (VerificationError, httpx2.TransportError) as group:
+        error = _first(group)
+        sys.exit(f"cannot verify: {str(error) or type(error).__name__}")
+    return report

@@ -74,8 +74,8 @@ def settings_for(database: str) -> Settings:
 def nothing_blocks_the_event_loop() -> Iterator[None]:
     """Fails any test in which our code makes a blocking call (file, socket, sleep, lock) on an event loop.
 
-    Let through: asyncpg looks for ~/.pgpass and certificates when it connects, and a traceback for its source lines when
-    it is formatted; some microseconds that we cannot avoid.
+    Let through: asyncpg looks for ~/.pgpass and certificates when it connects, and a traceback for its source lines
+    when it is formatted; some microseconds that we cannot avoid.
     """
     with blockbuster_ctx(["clarion", "clarion_worker"]) as detector:
         for function in detector.functions.values():

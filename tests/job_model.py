@@ -1,4 +1,4 @@
-"""What becomes of a job, by the documents alone: plain objects that tests drive beside the database and compare with it.
+"""What becomes of a job, by the documents alone: plain objects that tests drive beside the database, and compare.
 
 Written from ARCHITECTURE.md (the states, what each outcome costs) and from the protocol, never from the statements:
 a fault that both have was not copied. Seconds are those of a clock of the job's own, which only `pass_time` moves; a
@@ -13,7 +13,7 @@ from uuid import UUID
 import msgspec
 
 from clarion.execution import AttemptOutcome
-from clarion.job import FINAL, DeadReason, JobEvent, JobState
+from clarion.job import DeadReason, JobEvent, JobState
 
 LOST = "lost"
 # What the server gives a worker beyond an attempt's deadline, to report it first.
@@ -68,6 +68,11 @@ class JobModel(msgspec.Struct, kw_only=True):
     attempts: list[tuple[AttemptOutcome, JobState]] = []  # those that did not succeed
     events: list[JobEvent] = []
     lines: dict[tuple[UUID, int], bool] = {}  # by token and number: whether it was kept
+
+    @property
+    def is_over(self) -> bool:
+        """It stands in the history."""
+        return self.state in {JobState.SUCCEEDED, JobState.CANCELLED}
 
     # -- The clock
 
@@ -233,7 +238,7 @@ class JobModel(msgspec.Struct, kw_only=True):
 
     def cancel(self) -> tuple[JobState | None, bool]:
         """What it is now, None if it was over before; and whether its worker is to be told."""
-        if self.state in {JobState.SUCCEEDED, JobState.CANCELLED}:
+        if self.is_over:
             return None, False
         if self.state != JobState.RUNNING:
             self._leave(JobState.CANCELLED)
@@ -303,7 +308,7 @@ class JobModel(msgspec.Struct, kw_only=True):
         self.state = state
         self.token = self.worker = None
         self.cancel_requested = False
-        if state in FINAL - {JobState.DEAD}:
+        if self.is_over:
             self.dead_reason = None
 
     def _exhausted(self) -> DeadReason | None:

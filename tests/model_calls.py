@@ -101,9 +101,7 @@ def claim(worker: UUID, most: int = 10) -> Call:
         return {lease.id: lease.token for lease in leases}
 
     def foretell(world: World, answer: dict[UUID, UUID]) -> dict[UUID, UUID | str]:
-        ready = {
-            job_id for job_id, job in world.jobs.items() if job.state == JobState.READY and not job.is_too_late
-        }
+        ready = {job_id for job_id, job in world.jobs.items() if job.state == JobState.READY and not job.is_too_late}
         if not answer.keys() <= ready or len(answer) != min(most, len(ready)):
             return dict.fromkeys(ready, "a token")
         for job_id, token in answer.items():
@@ -124,6 +122,7 @@ def of_one(
     *,
     otherwise: Any = LOST,
     skips: Any = None,
+    gives_up: Any = None,
 ) -> Call:
     """A call about a job that may be unknown."""
 
@@ -131,7 +130,7 @@ def of_one(
         job = world.jobs.get(held.id)
         return otherwise if job is None else foretell(job)
 
-    return Call(name, make, foretell_of_world, skips)
+    return Call(name, make, foretell_of_world, skips, gives_up)
 
 
 def complete(held: Held, result: str | None = '{"n":1}', key: str | None = None) -> Call:
@@ -158,9 +157,8 @@ def ending(
         foretold = foretell(world.jobs[held.id]) if held.id in world.jobs else LOST
         if LOST in (foretold, answer):
             return foretold
-        state, runs_again = foretold
         said = world.next_runs.setdefault((name, held.token), answer[1])
-        return (state, said) if runs_again == (said is not None) else foretold
+        return (foretold[0], said) if foretold[1] == (said is not None) else foretold
 
     return Call(name, make_one, foretell_of_world)
 
@@ -245,7 +243,8 @@ def retry(job_id: UUID, delay: float = 0, *, only_dead: bool = False) -> Call:
     def foretell(job: JobModel) -> Any:
         return job.retry(delay, only_dead=only_dead)
 
-    return of_one("retry", Held(job_id, job_id), make, foretell, otherwise=(None, False))
+    nothing = (None, False)
+    return of_one("retry", Held(job_id, job_id), make, foretell, otherwise=nothing, gives_up=nothing)
 
 
 def change(job_id: UUID, *, delay: float | None = None, priority: int | None = None) -> Call:

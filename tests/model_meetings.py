@@ -88,13 +88,12 @@ class Parties(msgspec.Struct, frozen=True):
             answers.append(await second.make(Store(self.second, self.settings)))
             done.set()
 
-        async with anyio.create_task_group() as group:
-            async with self.first.transaction(commit=commit):
-                answer = await first.make(Store(self.first, self.settings))
-                group.start_soon(call_second)
-                waited = await self._second_waits(done)
-                if meanwhile is not None:
-                    await meanwhile()
+        async with anyio.create_task_group() as group, self.first.transaction(commit=commit):
+            answer = await first.make(Store(self.first, self.settings))
+            group.start_soon(call_second)
+            waited = await self._second_waits(done)
+            if meanwhile is not None:
+                await meanwhile()
         return Met(answer, answers[0], waited)
 
     async def _second_waits(self, done: anyio.Event) -> bool:
@@ -125,3 +124,10 @@ def has_effect(world: World, call: Call, answer: Any) -> bool:
     after = world.copy()
     call.foretell(after, answer)
     return after != world
+
+
+def moves(world: World, call: Call, answer: Any) -> bool:
+    """Whether the call, made first, moves a job between the tables."""
+    after = world.copy()
+    call.foretell(after, answer)
+    return any(job.is_over != world.jobs[job_id].is_over for job_id, job in after.jobs.items() if job_id in world.jobs)

@@ -1,4 +1,4 @@
-"""A store and a model that are told the same: each call is made of one, foretold by the other, and then both compared."""
+"""A store and a model that are told the same: each call is made of one and foretold by the other, and both compared."""
 
 from __future__ import annotations
 
@@ -77,17 +77,19 @@ def tightened(settings: Settings) -> Settings:
 class Call(msgspec.Struct, frozen=True):
     """One call of the store, and what the model foretells; `foretell` is given the answer for the ids in it.
 
-    `skips` is the answer of one that passes over rows which another session has locked, instead of waiting.
+    `skips` is the answer of one that passes over rows which another session has locked, instead of waiting. `gives_up`
+    is that of one that waited and then finds its job in neither table, since it moved meanwhile: it did nothing.
     """
 
     name: str
     make: Callable[[Store], Awaitable[Any]]
     foretell: Callable[[World, Any], Any]
     skips: Any = None
+    gives_up: Any = None
 
 
 class World(msgspec.Struct):
-    """All jobs of a model, and what calls were answered that may be repeated: keyed enqueues, and next runs by token."""
+    """All jobs of a model, and what was answered that is to be answered again: to keyed enqueues, of next runs."""
 
     limits: Limits
     jobs: dict[UUID, JobModel] = {}
@@ -155,7 +157,7 @@ def _differences(row: asyncpg.Record, job: JobModel) -> list[str]:
     succeeded = job.state == JobState.SUCCEEDED
     _, result, key = job.completion or (None, None, None)
     expected = {
-        "place": "job_history" if job.state in {JobState.SUCCEEDED, JobState.CANCELLED} else "jobs",
+        "place": "job_history" if job.is_over else "jobs",
         "state": job.state,
         "generation": job.generation,
         "attempt": job.attempt,

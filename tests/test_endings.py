@@ -1,6 +1,6 @@
-"""The calls of those who hold leases, coalesced: each gets its own answer, and the others are told what became ready."""
+"""The calls of those who hold leases, coalesced: each gets its own answer, and workers hear of what became ready."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -51,15 +51,11 @@ def ringer(watched: Watched, settings: Settings) -> Ringer:
 
 
 @pytest.fixture
-async def endings(watched: Watched, ringer: Ringer) -> AsyncIterator[Endings]:
-    endings = Endings(watched, ringer, buffer_max=10)
-    async with anyio.create_task_group() as group:
-        endings.start(group)
-        yield endings
-        group.cancel_scope.cancel()
+def endings(watched: Watched, ringer: Ringer) -> Endings:
+    return Endings(watched, ringer, buffer_max=10)
 
 
-async def together(*calls: Any) -> list[Any]:
+async def together(endings: Endings, *calls: Any) -> list[Any]:
     """What each of these calls, made at once, answers or raises; in order."""
     outcomes: dict[int, Any] = {}
 
@@ -69,9 +65,12 @@ async def together(*calls: Any) -> list[Any]:
         except ClarionError as error:
             outcomes[place] = error
 
-    async with anyio.create_task_group() as group:
-        for place, call in enumerate(calls):
-            group.start_soon(make, place, call)
+    async with anyio.create_task_group() as flushing:
+        endings.start(flushing)
+        async with anyio.create_task_group() as callers:
+            for place, call in enumerate(calls):
+                callers.start_soon(make, place, call)
+        flushing.cancel_scope.cancel()
     return [outcomes[place] for place in range(len(calls))]
 
 
@@ -89,6 +88,7 @@ async def test_each_call_gets_its_own_answer(jobs: Jobs, endings: Endings) -> No
     done, failed, snoozed, released, beating = [await jobs.run() for _ in range(5)]
     lost = await stranger(jobs)
     answers = await together(
+        endings,
         endings.complete(Completion(done.id, done.token, "1")),
         endings.complete(Completion(lost.id, lost.token, "1")),
         endings.end(failure(failed)),
@@ -96,15 +96,18 @@ async def test_each_call_gets_its_own_answer(jobs: Jobs, endings: Endings) -> No
         endings.end(Snoozing(snoozed.id, snoozed.token, MINUTE)),
         endings.end(Release(released.id, released.token)),
         endings.end(Release(lost.id, lost.token)),
+        endings.beat(beat(beating)),
+        endings.beat(beat(lost)),
     )
-    assert [answer.state for answer in answers] == ["succeeded", None, "scheduled", None, "scheduled", "ready", None]
-    held, gone = await together(endings.beat(beat(beating)), endings.beat(beat(lost)))
+    *ended, held, gone = answers
+    assert [answer.state for answer in ended] == ["succeeded", None, "scheduled", None, "scheduled", "ready", None]
     assert (held.token, held.extended, gone) == (beating.token, True, None)
 
 
 async def test_each_call_with_lines_gets_the_answers_to_its_own(jobs: Jobs, endings: Endings) -> None:
     one, other, lost = await jobs.run(), await jobs.run(), await stranger(jobs)
     answers = await together(
+        endings,
         endings.log([line(one, 1), line(one, 2)]),
         endings.log([line(lost, 1)]),
         endings.log([]),
@@ -115,7 +118,9 @@ async def test_each_call_with_lines_gets_the_answers_to_its_own(jobs: Jobs, endi
 
 async def test_the_same_call_twice_at_once_ends_the_attempt_once(jobs: Jobs, endings: Endings) -> None:
     lease = await jobs.run()
-    first, again = await together(*[endings.complete(Completion(lease.id, lease.token, n, n)) for n in ("1", "2")])
+    first, again = await together(
+        endings, *[endings.complete(Completion(lease.id, lease.token, n, n)) for n in ("1", "2")]
+    )
     assert (first.state, first.replayed) == ("succeeded", False)
     assert (again.state, again.replayed, again.completion_key, again.result) == ("succeeded", True, "1", "1")
 
@@ -125,7 +130,7 @@ async def test_the_same_call_twice_at_once_ends_the_attempt_once(jobs: Jobs, end
 
 async def test_beats_of_many_leases_go_together(jobs: Jobs, endings: Endings, watched: Watched) -> None:
     leases = [await jobs.run() for _ in range(5)]
-    answers = await together(*[endings.beat(beat(lease)) for lease in leases])
+    answers = await together(endings, *[endings.beat(beat(lease)) for lease in leases])
     assert [answer.token for answer in answers] == [lease.token for lease in leases]
     assert [len(beats) for beats in watched.beats] == [5]
 
@@ -135,6 +140,7 @@ async def test_two_beats_of_one_lease_in_a_batch_both_have_their_say(
 ) -> None:
     lease, other = await jobs.run(), await jobs.run()
     answers = await together(
+        endings,
         endings.beat(beat(lease, progress="1")),
         endings.beat(beat(other)),
         endings.beat(beat(lease, checkpoint="2")),
@@ -142,7 +148,7 @@ async def test_two_beats_of_one_lease_in_a_batch_both_have_their_say(
         endings.beat(beat(with_token(lease, other.token))),
     )
     assert [answer and answer.token for answer in answers] == [lease.token, other.token, lease.token, lease.token, None]
-    assert [len(beats) for beats in watched.beats] == [3, 1, 1]
+    assert [len(beats) for beats in watched.beats] == [2, 2, 1]
     job = await jobs.job(lease.id)
     assert (job.progress, job.checkpoint) == ("3", "2")
 
@@ -154,10 +160,11 @@ async def test_a_result_that_cannot_be_stored_harms_no_neighbour(jobs: Jobs, end
     leases = [await jobs.run() for _ in range(8)]
     results = ["1"] * 5 + ["no JSON"] + ["1"] * 2
     answers = await together(
+        endings,
         *[
             endings.complete(Completion(lease.id, lease.token, result))
             for lease, result in zip(leases, results, strict=True)
-        ]
+        ],
     )
     assert isinstance(answers[5], Unstorable)
     assert [answer.state for answer in [*answers[:5], *answers[6:]]] == ["succeeded"] * 7
@@ -167,13 +174,14 @@ async def test_a_result_that_cannot_be_stored_harms_no_neighbour(jobs: Jobs, end
 async def test_a_beat_that_cannot_be_stored_harms_no_neighbour(jobs: Jobs, endings: Endings) -> None:
     lease, other = await jobs.run(), await jobs.run()
     first, bad, good, second = await together(
+        endings,
         endings.beat(beat(lease, progress="1")),
         endings.beat(beat(lease, progress="no JSON")),
         endings.beat(beat(other, progress="2")),
         endings.beat(beat(lease, checkpoint="3")),
     )
     assert isinstance(bad, Unstorable)
-    assert first.extended and good.extended and second.extended
+    assert [answer.extended for answer in (first, good, second)] == [True] * 3
     job, neighbour = await jobs.job(lease.id), await jobs.job(other.id)
     assert (job.progress, job.checkpoint, neighbour.progress) == ("1", "3", "2")
 
@@ -181,7 +189,7 @@ async def test_a_beat_that_cannot_be_stored_harms_no_neighbour(jobs: Jobs, endin
 async def test_lines_that_cannot_be_stored_cost_their_own_call_only(jobs: Jobs, endings: Endings) -> None:
     lease, other = await jobs.run(), await jobs.run()
     bad: list[LogLine] = [line(lease, 1), line(lease, 2, message="a\x00b")]
-    refused, kept = await together(endings.log(bad), endings.log([line(other, 1)]))
+    refused, kept = await together(endings, endings.log(bad), endings.log([line(other, 1)]))
     assert isinstance(refused, Unstorable)
     assert list(kept) == [True]
     assert await jobs.store.list_logs(lease.id, after=None, limit=9) == []
@@ -193,7 +201,7 @@ async def test_what_is_recorded_instead_of_an_unstorable_outcome_can_be_stored(
 ) -> None:
     lease = await jobs.run()
     instead = unstorable(Completion(lease.id, lease.token, "no JSON"), reason)
-    assert await endings.end(instead) == Ended("dead", None)
+    assert await together(endings, endings.end(instead)) == [Ended("dead", None)]
     job = await jobs.job(lease.id)
     assert (job.dead_reason, job.error_type) == ("result_unstorable", "Unstorable")
 
@@ -202,7 +210,7 @@ async def test_more_calls_than_the_buffer_holds_are_refused_and_the_others_answe
     jobs: Jobs, endings: Endings
 ) -> None:
     leases = [await jobs.run() for _ in range(12)]
-    answers = await together(*[endings.end(Release(lease.id, lease.token)) for lease in leases])
+    answers = await together(endings, *[endings.end(Release(lease.id, lease.token)) for lease in leases])
     assert [type(answer) for answer in answers] == [Ended] * 10 + [Overloaded] * 2
     assert [await jobs.state(lease.id) for lease in leases] == ["ready"] * 10 + ["running"] * 2
 
@@ -214,7 +222,7 @@ async def test_what_became_ready_rings_its_queue(
     jobs: Jobs, endings: Endings, watched: Watched, ringer: Ringer
 ) -> None:
     leases = [await jobs.run(queue=queue) for queue in ("a", "b", "b")]
-    await together(*[endings.end(Release(lease.id, lease.token)) for lease in leases])
+    await together(endings, *[endings.end(Release(lease.id, lease.token)) for lease in leases])
     await ringer.step()
     assert watched.rings == [Ring({"a": 1, "b": 2})]
 
@@ -224,7 +232,8 @@ async def test_what_is_scheduled_rings_those_who_promote(
     jobs: Jobs, endings: Endings, watched: Watched, ringer: Ringer, ending: str
 ) -> None:
     lease = await jobs.run()
-    await endings.end(failure(lease) if ending == "fail" else Snoozing(lease.id, lease.token, MINUTE))
+    call = failure(lease) if ending == "fail" else Snoozing(lease.id, lease.token, MINUTE)
+    await together(endings, endings.end(call))
     await ringer.step()
     assert watched.rings == [Ring(scheduled=True)]
 
@@ -237,6 +246,7 @@ async def test_what_nobody_has_to_run_rings_nobody(
     for lease in (cancelled, snoozed):
         await jobs.cancel(lease.id)
     await together(
+        endings,
         endings.complete(Completion(done.id, done.token)),
         endings.end(failure(dead)),
         endings.end(failure(lost)),

@@ -79,7 +79,9 @@ async def test_fsync_is_reported_and_may_be_off_for_data_to_throw_away(
     await check_ground(store, settings)
 
 
-@pytest.mark.parametrize("table", ["jobs", "job_history_default", "attempts"])
+@pytest.mark.parametrize(
+    "table", ["jobs", "job_history_default", "attempts", "job_events", "job_logs", "idempotency_keys"]
+)
 async def test_a_table_that_a_crash_would_empty_is_refused(
     store: Store, settings: Settings, database: Database, table: str
 ) -> None:
@@ -89,7 +91,7 @@ async def test_a_table_that_a_crash_would_empty_is_refused(
     await check_ground(store, settings)
 
 
-@pytest.mark.parametrize("table", ["jobs", "job_history", "attempts"])
+@pytest.mark.parametrize("table", ["jobs", "job_history", "attempts", "job_logs", "idempotency_keys"])
 async def test_a_missing_primary_key_is_refused(
     store: Store, settings: Settings, database: Database, table: str
 ) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 
 import anyio
 import asyncpg
+import msgspec
 import pytest
 
 from clarion import migrate as migrate_module
+from clarion.db import open_database
 from clarion.errors import UnsafeGround
 from clarion.migrate import migrate, migration_script, migration_status
 from clarion.settings import Settings
 from clarion.statements import Migration, migrations
 from conftest import settings_for
+from store_actions import BEATS, Jobs, with_token
 
 VERSIONS = [step.version for step in migrations()]
 LATEST = VERSIONS[-1]
@@ -40,6 +43,20 @@ SCHEMA = """
     select 'label', format('%s %s', enumtypid::regtype, enumlabel) from pg_enum
     union all
     select 'migration', format('%s %s %s', version, name, checksum) from clarion.schema_migrations
+"""
+
+# What a database of the first two migrations may hold: a job in every state that has one.
+OLD_JOBS = """
+    insert into clarion.jobs (task, state) values ('t', 'ready'), ('t', 'scheduled');
+    insert into clarion.jobs (task, state, attempt, started_at, lease_token, lease_expires_at, worker_id)
+    values ('t', 'running', 1, now(), gen_random_uuid(), now() + interval '1 min', gen_random_uuid());
+    insert into clarion.jobs (task, state, attempt, errors, dead_reason, started_at, died_at)
+    values ('t', 'dead', 1, 1, 'attempts_exhausted', now(), now());
+    insert into clarion.attempts (job_id, lease_token, attempt, outcome, state, started_at)
+    select id, gen_random_uuid(), 1, 'failed', 'dead', now() from clarion.jobs where state = 'dead';
+    insert into clarion.job_history
+      (id, created_at, run_at, state, priority, attempt, errors, crashes, snoozes, queue, task, args)
+    values (clarion.new_id(), now(), now(), 'cancelled', 0, 1, 1, 0, 0, 'default', 'cancelled', '{}')
 """
 
 
@@ -101,6 +118,34 @@ async def test_only_what_is_missing_is_applied(empty: Settings, monkeypatch: pyt
         older.setattr(migrate_module, "migrations", lambda: migrations()[:1])
         assert [step.version for step in await migrate(empty)] == VERSIONS[:1]
     assert [step.version for step in await migrate(empty)] == VERSIONS[1:]
+
+
+async def test_jobs_from_before_a_job_had_the_rest_of_its_life_live_on(
+    empty: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(migrate_module, "migrations", lambda: migrations()[:2])
+        await migrate(empty)
+    await execute(empty, OLD_JOBS)
+    await migrate(empty)
+    async with open_database(empty, name="test") as database:
+        jobs = Jobs(database, empty)
+        rows = await jobs.fetch("select id, state::text, lease_token from clarion.jobs")
+        found = {row["state"]: row["id"] for row in rows}
+        (ready,) = await jobs.claim()
+        assert (ready.id, ready.generation) == (found["ready"], 1)
+        (token,) = [row["lease_token"] for row in rows if row["state"] == "running"]
+        running = with_token(msgspec.structs.replace(ready, id=found["running"]), token)
+        for verb in (*BEATS, "complete"):
+            assert await jobs.attempt(verb, running)
+        assert (await jobs.cancel(found["scheduled"])).state == "cancelled"
+        (cancelled,) = await jobs.fetch("select id from clarion.job_history where task = 'cancelled'")
+        for job_id in (found["dead"], cancelled["id"]):
+            assert (await jobs.job(job_id)).generation == 1
+            assert (await jobs.retry(job_id)).state == "ready"
+            assert (await jobs.row(job_id))["generation"] == 2
+        (attempt,) = await jobs.store.list_attempts(found["dead"])
+        assert (attempt.generation, attempt.run_at, attempt.outcome) == (1, None, "failed")
 
 
 async def test_several_migrators_at_once_apply_each_migration_once(empty: Settings) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from clarion import migrate, wake
 from clarion.db import connect_options
-from clarion.execution import AttemptOutcome, WorkerRecord
+from clarion.execution import AttemptOutcome, Directive, WorkerRecord
 from clarion.job import DeadReason, JobEvent, JobState
 from clarion.settings import Settings
 from clarion.statements import sql_directory, statement
@@ -167,6 +167,14 @@ async def test_the_enums_of_postgres_are_those_of_python(connection: asyncpg.Con
         where t.typnamespace = 'clarion'::regnamespace group by t.typname
     """)
     assert {row["name"]: row["labels"] for row in rows} == {name: list(enum) for name, enum in ENUMS.items()}
+
+
+async def test_a_worker_can_be_told_what_it_understands(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    check = await connection.fetchval("""
+        select pg_get_constraintdef(oid) from pg_constraint
+        where conrelid = 'clarion.workers'::regclass and pg_get_constraintdef(oid) like '%directive%'
+    """)
+    assert set(re.findall(r"'(\w+)'", check)) == set(Directive)
 
 
 def test_the_reaper_and_its_search_mean_the_same_jobs() -> None:

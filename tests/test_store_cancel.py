@@ -297,6 +297,19 @@ async def test_what_has_stopped_meanwhile_is_cancelled_at_once(jobs: Jobs, endin
     assert await jobs.attempt(ending, lease) == state
 
 
+async def test_what_was_claimed_meanwhile_is_asked_for(jobs: Jobs) -> None:
+    (added,) = await jobs.enqueue()
+    canceller = Canceller(jobs, added.id)
+    async with jobs.session() as claiming, anyio.create_task_group() as group:
+        (lease,) = await claiming.store.claim_jobs(jobs.worker_id, {"default": 1}, None, lease_seconds=30)
+        group.start_soon(canceller.run)
+        await claiming.until_it_blocks_another()
+        await claiming.commit()
+    assert canceller.answers == [Cancelling("running", requested=True)]
+    (answer,) = await jobs.store.heartbeat_jobs([beat(lease)])
+    assert answer.cancelled
+
+
 async def test_of_two_who_ask_at_once_one_requests(jobs: Jobs) -> None:
     lease = await jobs.run()
     canceller = Canceller(jobs, lease.id)

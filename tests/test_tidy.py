@@ -7,13 +7,14 @@ import ast
 import gc
 import re
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
 
 from clarion.events import Event
 from clarion.execution import AttemptOutcome
-from clarion.job import TRANSITIONS, DeadReason, JobState
+from clarion.job import TRANSITIONS, DeadReason, JobEvent, JobState
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES_MAX = 350
@@ -149,9 +150,15 @@ def sql_enum(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("enum", "name"), [(JobState, "job_state"), (AttemptOutcome, "attempt_outcome"), (DeadReason, "dead_reason")]
+    ("enum", "name"),
+    [
+        (JobState, "job_state"),
+        (AttemptOutcome, "attempt_outcome"),
+        (DeadReason, "dead_reason"),
+        (JobEvent, "job_event"),
+    ],
 )
-def test_python_and_postgres_have_the_same_names(enum: type[JobState | AttemptOutcome | DeadReason], name: str) -> None:
+def test_python_and_postgres_have_the_same_names(enum: type[StrEnum], name: str) -> None:
     assert sorted(enum) == sorted(sql_enum(name))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from uuid import uuid4
 
 import anyio
 import msgspec
@@ -105,16 +106,41 @@ async def test_rings_for_many_queues_fit_into_notifications(database: Database, 
     assert all(len(payload) < 8000 for payload in store.payloads[0])
 
 
+async def test_who_is_to_end_a_job_hears_its_id(database: Database, settings: Settings) -> None:
+    store = RecordingStore(database, settings)
+    ringer = Ringer(store, settings)
+    cancelled = [uuid4() for _ in range(120)]
+    async with listening(settings) as rings:
+        for job_id in [*cancelled, *cancelled]:
+            ringer.mark(cancelled=[job_id])
+        await ringer.step()
+        await rings.until(heard=len(store.payloads[0]))
+    heard = [job_id for ring in rings.heard for job_id in ring.cancelled]
+    assert sorted(heard) == sorted(cancelled)
+    assert not any(ring.queues or ring.scheduled for ring in rings.heard)
+
+
+async def test_a_mark_of_nothing_rings_nobody(database: Database, settings: Settings) -> None:
+    store = RecordingStore(database, settings)
+    ringer = Ringer(store, settings)
+    ringer.mark()
+    ringer.mark({}, cancelled=[])
+    ringer.mark({"mail": 1})
+    await ringer.step()
+    assert store.payloads == [[encode_ring(Ring({"mail": 1}))]]
+
+
 async def test_a_ring_that_could_not_be_sent_is_sent_later(database: Database, settings: Settings) -> None:
     store = RecordingStore(database, settings)
     store.refusals = 2
     ringer = Ringer(store, settings)
+    cancelled = uuid4()
     async with listening(settings) as rings, anyio.create_task_group() as group:
-        ringer.mark({"mail": 1})
+        ringer.mark({"mail": 1}, cancelled=[cancelled])
         group.start_soon(partial(run_forever, ringer.step, name="ring"))
         await rings.until(heard=1)
         group.cancel_scope.cancel()
-    assert rings.heard == [Ring({"mail": 1})]
+    assert rings.heard == [Ring({"mail": 1}, cancelled=[cancelled])]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +155,7 @@ def test_a_payload_of_a_newer_version_can_be_read() -> None:
 
 
 def test_a_ring_survives_its_encoding() -> None:
-    ring = Ring({"a.b:c/d-e": 3}, scheduled=True)
+    ring = Ring({"a.b:c/d-e": 3}, scheduled=True, cancelled=[uuid4(), uuid4()])
     assert decode_ring(encode_ring(ring)) == ring
 
 
@@ -166,3 +192,9 @@ async def test_jobs_that_became_ready_while_nobody_listened_start_after_the_reco
         (silent,) = await jobs.store.enqueue_jobs([NewJob(task="quick")])
         await database.fetch(CUT_OFF)
         assert (await jobs.final(silent.id)).state == "succeeded"
+
+
+async def test_no_ring_is_too_long_for_postgres(database: Database, settings: Settings) -> None:
+    ringer = Ringer(Store(database, settings), settings)
+    ringer.mark({f"{n:0128}": 10_000 for n in range(100)}, scheduled=True, cancelled=[uuid4() for _ in range(100)])
+    assert await ringer.step() > 0

@@ -32,7 +32,7 @@ log = structlog.get_logger()
 CHANNEL = "clarion_wake"
 
 # A payload must stay under 8,000 bytes: a queue's name has 128 at most, a job's id 36.
-_RING_MAX_QUEUES = 50
+_RING_MAX_QUEUES = 25
 
 
 class Ring(msgspec.Struct, frozen=True, omit_defaults=True):

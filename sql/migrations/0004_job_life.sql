@@ -88,7 +88,7 @@ create table clarion.job_events (
   job_id uuid not null,
   at timestamptz not null default clock_timestamp(),
   event clarion.job_event not null,
-  actor text not null,                          -- `api`, `api:ada`, `worker:<id>`, `scheduler`
+  actor text not null,                          -- `api`, `api:ada`, `worker:<id>`, `reaper`, `scheduler`
   state clarion.job_state not null,             -- what the job is then
   generation smallint not null,
   detail text

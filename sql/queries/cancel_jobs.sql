@@ -17,7 +17,8 @@ locked as materialized (
 ),
 requested as (
   update clarion.jobs as j
-  set cancel_requested_at = clock_timestamp()
+  -- Of a job that was claimed while this waited for it, Postgres first checks the constraints with the row as it was.
+  set cancel_requested_at = case when j.state = 'running' then clock_timestamp() end
   from locked as l
   where j.id = any(array[l.id]) and l.state = 'running' and l.cancel_requested_at is null
   returning j.id, l.generation

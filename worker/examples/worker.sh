@@ -10,7 +10,7 @@
 #
 # Limits: Linux (the clock is /proc/uptime), bash 4.4, curl 7.71. JSON is read a character at a time: keep arguments
 # under a megabyte. systemd has to stop it with KillMode=mixed, so that its children get no signal of their own.
-set -euo pipefail
+set -meuo pipefail # -m: what starts in the background leads a group, and is ended with all its children
 LC_ALL=C.UTF-8 # for printf: \u, and no decimal commas
 tasks='["demo.echo", "demo.sleep", "demo.fail", "demo.sha256"]'
 
@@ -83,7 +83,8 @@ pause() {
   local rung=''
   read -r -t "$1" -u "$bell" rung || true
   if [[ $rung == stop && $stopping == signal ]] || ! is_alive $$; then
-    end KILL "$request" && end KILL "${handler:-$request}" && exit 1
+    end KILL "$request" && end KILL "${handler:-$request}"
+    is_alive $$ || rm -r -- "$dir" && exit 1
   fi
   if [[ $rung == stop ]]; then stopping=signal; fi
 }
@@ -98,8 +99,7 @@ post() {
   } &
   request=$!
   while [[ ! -e $dir/status && ! ($polling && $stopping) ]] && is_alive "$request"; do pause 1; done
-  if [[ ! -e $dir/status ]]; then end TERM "$request"; fi
-  wait "$request" 2>/dev/null || true
+  if [[ ! -e $dir/status ]]; then end TERM "$request" && { wait "$request" 2>/dev/null || true; }; fi
   status=$(cat "$dir/status" 2>/dev/null || true) answer=$(<"$dir/answer")
 }
 
@@ -166,7 +166,7 @@ run() {
 
 # Claims and runs jobs, one after the other.
 work() {
-  set -m # every process that starts here leads a group: a handler is ended with all its children
+  set -m # a subshell has to say so again
   while [[ ! $stopping ]]; do
     declare -A job=()
     third=10000 expires_at=$never polling=yes && clock && asked=$now
@@ -186,7 +186,7 @@ never=$((1 << 62)) stopping='' polling='' handler='' request='' drain_ms=$(ms_of
 url=${CLARION_URL:-http://127.0.0.1:8080} queues=${CLARION_QUEUES:-default}
 # The id is fresh in each process: nobody else can hold what this one was given.
 who="\"worker\": \"$(</proc/sys/kernel/random/uuid)\", \"lease\": \"${CLARION_LEASE:-30s}\""
-claim="{$who, \"queues\": [\"${queues//,/\", \"}\"], \"tasks\": $tasks, \"max\": 1, \"wait\": \"30s\"}"
+claim="{$who, \"name\": \"worker.sh\", \"queues\": [\"${queues//,/\", \"}\"], \"tasks\": $tasks, \"wait\": \"30s\"}"
 refused='{"error": {"type": "ResultRefused", "message": "the server does not take what the handler said"}}'
 dir=$(mktemp -d) && trap 'rm -r -- "$dir"' EXIT
 mkfifo "$dir/bell" && exec {bell}<>"$dir/bell"

@@ -58,7 +58,8 @@ def read_form(verb: Verb, body: bytes, media_type: str) -> Form | str:
     try:
         return decode(whole_characters(body) if verb in _BODY_IS_TEXTS else body, _FORMS[verb])
     except ClarionError as error:
-        return f"{error}; in {shown(body)}"
+        found = "; ".join(f"{part.pointer} {part.detail}" for part in error.errors)
+        return f"{found or error}, in {shown(body)}"
 
 
 def shown(body: bytes) -> str:

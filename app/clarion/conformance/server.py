@@ -209,11 +209,15 @@ def _answer_heartbeat(script: Script, heartbeat: HeartbeatIn) -> Response:
     for lease in heartbeat.leases:
         offer = script.claimed(lease.token)
         status = "lost" if offer is None or offer.ended else offer.lease_status
-        seconds = script.lease_seconds if status == "extended" else None
-        state = "running" if status != "lost" else None
+        held = offer is not None and status != "lost"
         if offer is not None:
             offer.told = status
-        answer = {"token": lease.token, "status": status, "lease": seconds, "state": state}
+        answer = {
+            "token": lease.token,
+            "status": status,
+            "lease": script.lease_seconds if held else None,
+            "state": "running" if held else None,
+        }
         leases.append(_with_unknown(script, answer))
     return _json(script, {"leases": leases, "directive": script.directive})
 
