@@ -16,7 +16,7 @@ from clarion.db import Executor
 from clarion.job import JobState
 from clarion.settings import Settings
 from clarion.store import Store
-from job_model import JobModel, Limits
+from job_model import WAITING, JobModel, Limits, Span
 
 # A moment of the model that is so near may be over in the database, or not.
 NEAR_SECONDS = 5.0
@@ -27,14 +27,15 @@ ROWS = """
         'jobs' as place, j.id, j.state::text as state, j.generation, j.attempt, j.errors, j.crashes, j.snoozes,
         j.max_attempts, j.priority, j.dead_reason::text as dead_reason, j.cancel_requested_at is not null as asked,
         j.lease_token as token, j.worker_id as worker, j.checkpoint::text as checkpoint, j.log_lines as lines,
-        null as result, null as key, extract(epoch from j.run_at - clock_timestamp())::float8 as runs_in
+        null as result, null as key, extract(epoch from j.run_at - clock_timestamp())::float8 as runs_in,
+        extract(epoch from j.lease_expires_at - clock_timestamp())::float8 as held_for
       from clarion.jobs as j
       union all
       select
         'job_history', h.id, h.state::text, h.generation, h.attempt, h.errors, h.crashes, h.snoozes,
         h.max_attempts, h.priority, null, false,
         null, null, h.checkpoint::text, h.log_lines,
-        h.result::text, h.completion_key, null
+        h.result::text, h.completion_key, null, null
       from clarion.job_history as h
     )
     select r.*,
@@ -182,9 +183,12 @@ def _differences(row: asyncpg.Record, job: JobModel) -> list[str]:
     counted = len(job.lines)
     expected["lines"] = counted if all(job.lines.values()) else max(counted, row["lines"])
     found = [f"{name} is {actual[name]}, not {value}" for name, value in expected.items() if actual[name] != value]
-    if row["runs_in"] is not None and job.state in {JobState.SCHEDULED, JobState.READY}:
-        runs_at = job.now + row["runs_in"]
-        low, high = job.run_at
-        if not low - NEAR_SECONDS <= runs_at <= high + NEAR_SECONDS:
-            found.append(f"it runs in {row['runs_in']} s, not in {low - job.now} to {high - job.now}")
+    found += _at_another_time("waits", row["runs_in"], job.run_at, job) if job.state in WAITING else []
+    found += _at_another_time("is held", row["held_for"], (job.lease_ends,) * 2, job) if job.token else []
     return [f"{row['id']}: {text}" for text in found]
+
+
+def _at_another_time(what: str, seconds: float, span: Span, job: JobModel) -> list[str]:
+    low, high = (moment - job.now for moment in span)
+    is_near = low - NEAR_SECONDS <= seconds <= high + NEAR_SECONDS
+    return [] if is_near else [f"it {what} for {seconds} s, not for {low} to {high}"]

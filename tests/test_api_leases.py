@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import anyio
+import anyio.lowlevel
 import httpx2
 import msgspec
 import pytest
@@ -683,3 +684,21 @@ async def test_a_text_that_is_no_token_is_not_found(client: httpx2.AsyncClient, 
     }
     answer = await client.post(f"/v1/leases/{token}/{verb}", json=bodies.get(verb, {}))
     assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found")
+
+
+async def test_a_claim_says_how_long_it_waited(services: Services, client: httpx2.AsyncClient, store: Store) -> None:
+    answers: list[httpx2.Response] = []
+
+    async def ask() -> None:
+        body = {"worker": WORKER, "queues": ["default"], "wait": "20s"}
+        answers.append(await client.post("/v1/leases", json=body))
+
+    sent = anyio.current_time()
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask)
+        while not services.claims.waiting:
+            await anyio.lowlevel.checkpoint()
+        await enqueue(store)
+        services.claims.hear(Ring({"default": 1}))
+    [answer] = answers
+    assert 0 < answer.json()["waited"] <= anyio.current_time() - sent

@@ -16,7 +16,7 @@ finds all he wanted passes it on to two others, so that a backlog wakes all it n
 import heapq
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from operator import attrgetter
@@ -82,17 +82,23 @@ class Claims:
         self._closed = False
         self.waiting = 0
 
-    async def claim(self, ask: Ask, *, wait_seconds: float = 0) -> list[Lease]:
+    async def claim(
+        self, ask: Ask, *, wait_seconds: float = 0, looking: Callable[[], None] = lambda: None
+    ) -> list[Lease]:
         """Leases in the order of the line; none when nothing came in time, or after `close`.
+
+        `looking` is called before each look: no lease began before the last of these calls.
 
         Raises Overloaded when too many wait already, Unavailable in weather. When it is cancelled, a claim under way
         still comes to its end, and the leases are answered: whoever cancelled must hand them back.
         """
+        looking()
         if not wait_seconds:
             return (await self._take(ask, ask.queues))[0]
         with anyio.move_on_after(wait_seconds) as patience, self._in_line(ask, patience) as waiter:
             while not (leases := await self._follow_hints(waiter)):
                 await waiter.wake.wait()
+                looking()
             return leases
         return []
 

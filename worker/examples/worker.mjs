@@ -156,11 +156,11 @@ async function claim(max) {
     process.exit(1);
   }
   if (answer.status === 204 && now() - asked < 1000) throw new Error("the server does not wait"); // never spin
+  const since = asked + (answer.body.waited ?? 0) * 1000; // the leases began no earlier
   for (const given of answer.body.leases ?? []) {
-    const job = { ...given, controller: new AbortController(), lines: 0, expiresAt: now() + given.lease * 1000 };
+    const job = { ...given, controller: new AbortController(), lines: 0, expiresAt: since + given.lease * 1000 };
     job.timeoutAt = now() + (given.timeout ?? Infinity) * 1000;
-    // The lease began while the claim waited, nobody here knows when: after a long wait a heartbeat is due at once.
-    beatAt = Math.min(beatAt, asked + (given.lease * 1000) / 3);
+    beatAt = Math.min(beatAt, since + (given.lease * 1000) / 3);
     jobs.set(job.token, job);
     job.ended = run(job);
   }

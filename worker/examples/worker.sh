@@ -135,8 +135,8 @@ run() {
   [[ ${job[token]:-} ]] || return 0
   third=$(($(ms_of "${job[lease]}") / 3)) drain_at=$never timeout_at=$never
   clock && rm -f "$dir/end"
-  # The lease began while the claim waited: nobody here knows when, so after a long wait a heartbeat is due at once.
-  beat_at=$((asked + third)) expires_at=$((now + 3 * third))
+  asked=$((asked + $(ms_of "$(member waited 1 <<<"$answer")"))) # the lease began no earlier
+  beat_at=$((asked + third)) expires_at=$((asked + 3 * third))
   if [[ ${job[timeout]} != null ]]; then timeout_at=$((now + $(ms_of "${job[timeout]}"))); fi
   (
     trap '[[ -s $dir/end ]] || echo failure >"$dir/end"; echo >&"$bell"' EXIT

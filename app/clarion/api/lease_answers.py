@@ -45,9 +45,14 @@ class LeaseOut(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeasesOut(msgspec.Struct, frozen=True):
-    """What a claim took, in the order of the line."""
+    """What a claim took, in the order of the line.
+
+    `waited` is how many seconds the request waited before it took them: so much after it was sent, at the earliest, did
+    the leases begin.
+    """
 
     leases: list[LeaseOut]
+    waited: float
 
 
 class BeatOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -49,10 +49,11 @@ async def take_leases(call: Call[LeasesIn, Nothing]) -> Reply | ASGIApp:
     await services.roster.note_claim(
         _record(ask.worker_id, body.name, queues=ask.queues, tasks=sorted(ask.tasks or ()), concurrency=ask.jobs_max)
     )
-    leases = await _claim(call, ask)
+    leases, waited = await _claim(call, ask)
     if not leases:
         return Response(status_code=204)
-    return Reply(LeasesOut([lease_out(lease, lease_seconds=ask.lease_seconds) for lease in leases]))
+    given = [lease_out(lease, lease_seconds=ask.lease_seconds) for lease in leases]
+    return Reply(LeasesOut(given, round(waited, 3)))
 
 
 async def heartbeat(call: Call[HeartbeatIn, Nothing]) -> Reply:
@@ -105,11 +106,19 @@ async def lost(services: Services, job_id: UUID) -> LeaseLost:
     return LeaseLost(state=(await services.store.find_states([job_id])).get(job_id))
 
 
-async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> list[Lease]:
-    """What the hub answers. A client that goes away waits no longer, and what was claimed for it is handed back."""
+async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], float]:
+    """What the hub answers, and how many seconds it had waited before it looked for that.
+
+    A client that goes away waits no longer, and what was claimed for it is handed back.
+    """
     leases: list[Lease] = []
+    arrived = looked = anyio.current_time()
     failure: ClarionError | None = None
     gone = False
+
+    def looking() -> None:
+        nonlocal looked
+        looked = anyio.current_time()
 
     async def watch_client(scope: anyio.CancelScope) -> None:
         nonlocal gone
@@ -120,7 +129,7 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> list[Lease]:
     async with anyio.create_task_group() as group:
         group.start_soon(watch_client, group.cancel_scope)
         try:
-            leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds)
+            leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds, looking=looking)
         except ClarionError as error:  # told outside of the group, which would wrap it
             failure = error
         group.cancel_scope.cancel()
@@ -129,7 +138,7 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> list[Lease]:
         raise ClientDisconnect
     if failure is not None:
         raise failure
-    return leases
+    return leases, looked - arrived
 
 
 async def _hand_back(services: Services, leases: Sequence[Lease]) -> None:

@@ -157,6 +157,7 @@ async def _read(script: Script, request: Request, verb: Verb | None, token: str 
 async def _answer_claim(script: Script, request: Request, claim: LeasesIn) -> Response:
     """Waits for jobs as long as it was asked to, or as long as the script wants, or until nobody listens any more."""
     found: list[Offer] = []
+    arrived = anyio.current_time()
 
     def take() -> bool:
         found.extend(() if script.closing else script.hand_out(claim.max))
@@ -171,7 +172,8 @@ async def _answer_claim(script: Script, request: Request, claim: LeasesIn) -> Re
         return _problem(503, {"Retry-After": "1"})
     if not found:
         return Response(status_code=204)
-    return _json(script, {"leases": [_with_unknown(script, _lease(script, offer)) for offer in found]})
+    leases = [_with_unknown(script, _lease(script, offer)) for offer in found]
+    return _json(script, {"leases": leases, "waited": round(anyio.current_time() - arrived, 3)})
 
 
 async def _cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:
