@@ -199,7 +199,9 @@ def show(verdicts: Sequence[Verdict], *, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode({"survived": survivors(verdicts), "defects": verdicts}).decode())
         return
-    table = Table("", "defect", "what it breaks", "caught by", "s", title="Deliberate defects")
+    table = Table("", "defect", "what it breaks", title="Deliberate defects")
+    table.add_column("caught by", overflow="fold")
+    table.add_column("s", justify="right")
     for verdict in verdicts:
         mark = "[green]✓[/]" if verdict.caught_by else "[red]✗[/]"
         caught_by = (verdict.caught_by or "nothing").removeprefix("tests/").replace("::", "\n").replace("[", "\\[")

@@ -20,7 +20,12 @@ class LossyStore(Store):
     lost = False
 
     async def claim_jobs(
-        self, worker_id: UUID, claim_max: Mapping[str, int], policies: Mapping[str, Policy], *, lease_seconds: float
+        self,
+        worker_id: UUID,
+        claim_max: Mapping[str, int],
+        policies: Mapping[str, Policy] | None,
+        *,
+        lease_seconds: float,
     ) -> list[Lease]:
         leases = await super().claim_jobs(worker_id, claim_max, policies, lease_seconds=lease_seconds)
         if not self.lost:
