@@ -54,7 +54,7 @@ class Edit(msgspec.Struct, frozen=True):
     def applied(self, text: str) -> str:
         """The file's text with the mistake in it."""
         if text.count(self.before) != 1 or self.before == self.after:
-            raise DefectError(f"{self.file} holds {text.count(self.before)} times, not once:\n{self.before}")
+            raise DefectError(f"{self.file} holds this {text.count(self.before)} times, not once:\n{self.before}")
         return text.replace(self.before, self.after)
 
 

@@ -137,3 +137,17 @@ def test_a_guard_without_a_token_lets_everybody_in() -> None:
     Guard("").check(Headers({}), Permission.READ)
     with pytest.raises(Unauthenticated):
         Guard("x").check(Headers({}), Permission.READ)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "EVIL.example.", "127.0.0.1.evil.example"])
+async def test_without_a_token_nobody_is_led_here_by_a_name(client: httpx2.AsyncClient, host: str) -> None:
+    for method, path in (("GET", "/v1/jobs"), ("POST", "/v1/jobs")):
+        answer = await client.request(method, path, headers={"host": host})
+        assert (answer.status_code, answer.json()["type"]) == (403, "/problems/forbidden")
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8080", "[::1]:8080", "localhost", "clarion", "app.localhost:80", "10.0.0.7"]
+)
+async def test_without_a_token_this_machine_may_be_called_by_its_address(client: httpx2.AsyncClient, host: str) -> None:
+    assert (await client.get("/v1/jobs", headers={"host": host})).status_code == 200

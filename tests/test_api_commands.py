@@ -508,13 +508,15 @@ async def test_a_change_of_a_version_that_is_overtaken_is_not_made(
     assert problem(answer) == (412, "precondition-failed")
 
 
-async def test_a_change_among_endless_others_is_told_to_come_back(
+async def test_a_change_among_endless_others_is_made_in_the_end(
     meddled: tuple[Meddling, httpx2.AsyncClient], jobs: Jobs
 ) -> None:
     store, client = meddled
     job_id = await in_state(jobs, "ready")
     store.meddles = 100
-    assert problem(await patch(client, job_id, json={"queue": "mail"})) == (503, "unavailable")
+    assert (await patch(client, job_id, json={"queue": "mail"})).json()["queue"] == "mail"
+    answer = await patch(client, job_id, json={"args": {}}, headers=ANY_VERSION)
+    assert problem(answer) == (503, "unavailable")
 
 
 async def test_a_job_that_is_claimed_meanwhile_is_not_changed(client: httpx2.AsyncClient, jobs: Jobs) -> None:
@@ -524,3 +526,30 @@ async def test_a_job_that_is_claimed_meanwhile_is_not_changed(client: httpx2.Asy
     assert problem(await patch(client, job_id, json={"priority": 1})) == (409, "illegal-transition")
     answer = await patch(client, job_id, json={"priority": 1}, headers={"if-match": tag})
     assert problem(answer) == (412, "precondition-failed")
+
+
+async def test_a_retry_of_a_generation_can_be_repeated(client: httpx2.AsyncClient, store: Store, jobs: Jobs) -> None:
+    lease = await jobs.run()
+    await store.fail_jobs([failure(lease, dead_reason=DeadReason.NOT_RETRYABLE)])
+    first = await client.post(f"/v1/jobs/{lease.id}/retry", json={"generation": 1})
+    assert (first.status_code, first.json()["generation"], first.json()["state"]) == (200, 2, "ready")
+    (again,) = await jobs.claim()
+    await store.fail_jobs([failure(again, dead_reason=DeadReason.NOT_RETRYABLE)])
+    repeated = await client.post(f"/v1/jobs/{lease.id}/retry", json={"generation": 1})
+    assert (repeated.status_code, repeated.json()["generation"], repeated.json()["state"]) == (200, 2, "dead")
+
+
+async def test_a_change_leaves_a_job_at_least_one_attempt(client: httpx2.AsyncClient, store: Store, jobs: Jobs) -> None:
+    lease = await jobs.run()
+    await store.fail_jobs([failure(lease)])
+    refused = await client.patch(f"/v1/jobs/{lease.id}", json={"max_attempts": 1})
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/max_attempts")
+    assert (await client.patch(f"/v1/jobs/{lease.id}", json={"max_attempts": 2})).status_code == 200
+
+
+async def test_a_total_timeout_that_is_over_is_refused(client: httpx2.AsyncClient, jobs: Jobs) -> None:
+    (added,) = await jobs.enqueue()
+    await jobs.age(added.id, 60)
+    refused = await client.patch(f"/v1/jobs/{added.id}", json={"total_timeout": "30s"})
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/total_timeout")
+    assert (await client.patch(f"/v1/jobs/{added.id}", json={"total_timeout": "5m"})).status_code == 200

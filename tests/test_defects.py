@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from defects import ROOT, Defect, DefectError, Edit, catalog
+from defects import ROOT, Defect, DefectError, Edit, Verdict, catalog, survivors
 
 DEFECTS = catalog()
 
@@ -43,3 +43,8 @@ def test_a_defect_that_no_longer_applies_says_so() -> None:
 def test_a_change_of_nothing_is_no_defect() -> None:
     with pytest.raises(DefectError):
         Edit("README.md", "same", "same").applied("same")
+
+
+def test_a_defect_that_nothing_notices_is_named() -> None:
+    verdicts = [Verdict("seen", "much", "tests/test_x.py::test_y", 1.0), Verdict("unseen", "much", None, 1.0)]
+    assert survivors(verdicts) == ["unseen"]

@@ -8,7 +8,8 @@ _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?", re.ASCII)
 
 def parse_duration(value: str | float, *, max_seconds: float) -> float:
     """Seconds in `value`; raises ValueError, in words for the caller, unless 0 <= seconds <= `max_seconds`."""
-    seconds = _seconds(value)
+    # To the microsecond, as Postgres has it: "1.1h" and 3960 are the same.
+    seconds = round(_seconds(value), 6) + 0.0
     if not 0 <= seconds <= max_seconds:
         raise ValueError(f"must be between 0 and {format_duration(max_seconds)}")
     return seconds

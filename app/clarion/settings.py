@@ -14,6 +14,8 @@ from msgspec import Meta
 from clarion.errors import UsageError
 
 PREFIX = "CLARION_"
+# Variables that no setting reads, but the clients and the testing kit do.
+_OF_OTHERS = {"CLARION_URL", "CLARION_TEST_DATABASE_URL"}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +145,7 @@ def load_settings(flags: Mapping[str, object] | None = None, environ: Mapping[st
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """`CLARION_` variables that no setting reads: most often a typo."""
-    known = {doc.name for doc in describe_settings()}
+    known = {doc.name for doc in describe_settings()} | _OF_OTHERS
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
 

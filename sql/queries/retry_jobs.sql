@@ -3,7 +3,8 @@
 --
 -- Takes: dead → ready, dead → scheduled, cancelled → ready, cancelled → scheduled, scheduled → ready,
 -- scheduled → scheduled.
--- $1 job ids, each once, $2 seconds until each runs, $3 only dead ones, $4 who asks, $5 why (null: no reason given).
+-- $1 job ids, each once, $2 seconds until each runs, $3 only dead ones, $4 who asks, $5 why (null: no reason given),
+-- $6 only those of this generation (null: any).
 -- `state` is what the job is now, `queue` where it waits, for the ring (null for one that was ready before: nothing is to be
 -- done); a null state means that the job runs, has succeeded, or is unknown.
 -- A new generation starts from nothing: attempts, errors, crashes and snoozes are counted anew, the total timeout begins
@@ -24,7 +25,9 @@ locked as materialized (
   select d.*, j.state as was, j.queue
   from due as d
   join clarion.jobs as j on j.id = any(array[d.id])
-  where j.state = 'dead' or (j.state in ('scheduled', 'ready') and not $3::boolean)
+  where
+    (j.state = 'dead' or (j.state in ('scheduled', 'ready') and not $3::boolean))
+    and ($6::smallint is null or j.generation = $6::smallint)
   for update of j
 ),
 retried as (
@@ -51,7 +54,11 @@ retried as (
 ),
 taken_back as (
   delete from clarion.job_history as h
-  where h.id = any($1::uuid[]) and h.state = 'cancelled' and not $3::boolean
+  where
+    h.id = any($1::uuid[])
+    and h.state = 'cancelled'
+    and not $3::boolean
+    and ($6::smallint is null or h.generation = $6::smallint)
   returning h.*, now() + make_interval(secs => ($2::float8[])[array_position($1::uuid[], h.id)]) as next_run_at
 ),
 revived as (

@@ -4,12 +4,17 @@
 """
 
 import hmac
+import re
 from enum import StrEnum
 
 import msgspec
 from starlette.datastructures import Headers
 
 from clarion.errors import Forbidden, Unauthenticated
+
+# The name before a port; an address in brackets is version 6.
+_HOST = re.compile(r"^(\[[^]]*\]|[^:]*)(?::.*)?$", re.DOTALL)
+_ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]*\]")
 
 
 class Permission(StrEnum):
@@ -31,6 +36,7 @@ class Guard(msgspec.Struct, frozen=True):
         if permission is None:
             return
         if not self.token:
+            _refuse_other_names(headers)
             _refuse_other_sites(headers, permission)
             return
         given = _presented_token(headers)
@@ -39,6 +45,17 @@ class Guard(msgspec.Struct, frozen=True):
         # On bytes, since compare_digest takes no text beyond ASCII; in constant time, so that it tells nothing.
         if not hmac.compare_digest(given.encode("latin-1"), self.token.encode()):
             raise Unauthenticated("the token is not the one that this server was given")
+
+
+def _refuse_other_names(headers: Headers) -> None:
+    """Without a token, this server has no public name: a browser that comes with one was led here by its owner.
+
+    He lets his name stand for this machine's address (DNS rebinding), and to the browser his page is then of this very
+    site. Nobody owns an address, a name without dots, or `localhost`.
+    """
+    name = _HOST.sub(r"\1", headers.get("host", "")).rstrip(".").lower()
+    if "." in name and not name.endswith(".localhost") and not _ADDRESS.fullmatch(name):
+        raise Forbidden(f"a server without CLARION_API_TOKEN does not answer to the name {name[:100]!r}")
 
 
 def _refuse_other_sites(headers: Headers, permission: Permission) -> None:

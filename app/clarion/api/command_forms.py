@@ -49,6 +49,12 @@ class CommandIn(Form, frozen=True, kw_only=True):
             yield FieldError("holds \\u0000, which Postgres cannot store as text", pointer="/reason")
 
 
+class RetryIn(CommandIn, frozen=True, kw_only=True):
+    """Why, and perhaps of which generation: so a retry can be repeated without running the job a third time."""
+
+    generation: Annotated[int, Meta(ge=1, le=32_767, description="The job's generation, as it was read.")] | None = None
+
+
 class JobPatch(Form, frozen=True, kw_only=True):
     """What to change of a job that waits. A member that is null goes back to what the task or the settings decide.
 
@@ -89,6 +95,17 @@ class JobPatch(Form, frozen=True, kw_only=True):
         if not moved or start_by is None or job.started_at is not None or start_by >= self._due(job):
             return None
         return FieldError("start_by would pass before the job is due", pointer=f"/{moved[0]}")
+
+    def hopeless(self, job: Job) -> FieldError | None:
+        """What would leave the job no run: fewer attempts than were made, or a total timeout that is over."""
+        if (self.given.get("max_attempts") or job.attempt + 1) <= job.attempt:
+            return FieldError(f"must be more than {job.attempt}, the attempts made", pointer="/max_attempts")
+        total = self.given.get("total_timeout")
+        if total is not None:
+            ends = self._due(job) if {"run_at", "delay"} & self.given.keys() else job.run_at
+            if ends + timedelta(seconds=seconds_in("total_timeout", total)) <= datetime.now(UTC):
+                return FieldError("would be over already, counted from when the job was due", pointer="/total_timeout")
+        return None
 
     def to_change(self, job: Job, args: str | None) -> JobChange:
         """The record that the store takes; `args` as they are to be."""

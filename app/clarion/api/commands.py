@@ -1,7 +1,7 @@
 """What people do to single jobs: cancel, retry, change. The statement decides; its answer is explained afterwards."""
 
 from clarion.api.access import Permission
-from clarion.api.command_forms import CommandIn, JobPatch, merged
+from clarion.api.command_forms import CommandIn, JobPatch, RetryIn, merged
 from clarion.api.decoding import Nothing, invalid
 from clarion.api.lookup import find_job, job_id_in, job_reply, names_version
 from clarion.api.operation import Call, Operation, Reply
@@ -36,13 +36,16 @@ async def cancel_job(call: Call[CommandIn, Nothing]) -> Reply:
     return job_reply(job)
 
 
-async def retry_job(call: Call[CommandIn, Nothing]) -> Reply:
-    """Runs a dead, cancelled or scheduled job now; one that is ready is left as it is."""
-    store, job_id = call.services.store, job_id_in(call.path["id"])
-    [answer] = await store.retry_jobs([job_id], [0], actor=call.actor, reason=call.body.reason)
+async def retry_job(call: Call[RetryIn, Nothing]) -> Reply:
+    """Runs a dead, cancelled or scheduled job now; one that is ready is left as it is.
+
+    So is one that is beyond the generation that is meant: this call was made before.
+    """
+    store, job_id, body = call.services.store, job_id_in(call.path["id"]), call.body
+    [answer] = await store.retry_jobs([job_id], [0], actor=call.actor, reason=body.reason, generation=body.generation)
     _ring(call, answer)
     job = await find_job(store, job_id)
-    if answer.state is None:
+    if answer.state is None and (body.generation is None or job.generation <= body.generation):
         refused = {JobState.RUNNING, JobState.SUCCEEDED}
         _explain(job, {JobState.READY}, refused, "become ready: only dead, cancelled and scheduled ones can")
     return job_reply(job)
@@ -64,12 +67,14 @@ async def _change(call: Call[JobPatch, Nothing], *, merges: bool) -> Reply:
         raise invalid([FieldError("names nothing to change", pointer="")])
     if "args" in call.body.given and "if-match" not in call.request.headers:
         raise PreconditionRequired("a change of args needs If-Match with the ETag of the job that was read, or *")
-    for _ in range(_CHANGES_MAX):
+    for left in reversed(range(_CHANGES_MAX)):
         job = await find_job(store, job_id)
         _check(call, job)
         args = _new_args(call, job, merges=merges)
-        # Of this very version: whatever happens to the job meanwhile is looked at anew.
-        answer = await store.change_job(job_id, call.body.to_change(job, args), version=job.version, actor=call.actor)
+        # Of this very version: whatever happens to the job meanwhile is looked at anew. Among many who change it at
+        # once somebody must be last, and where no version is meant it may be this one.
+        version = job.version if left or args is not None or "if-match" in call.request.headers else None
+        answer = await store.change_job(job_id, call.body.to_change(job, args), version=version, actor=call.actor)
         if answer is not None:
             _ring(call, answer)
             return job_reply(await find_job(store, job_id))
@@ -83,9 +88,9 @@ def _check(call: Call[JobPatch, Nothing], job: Job) -> None:
     if job.state not in _WAITING:
         detail = f"a {job.state} job cannot be changed: only scheduled and ready ones can"
         raise IllegalTransition(detail, state=job.state)
-    late = call.body.late_start(job)
-    if late is not None:
-        raise invalid([late])
+    errors = [error for error in (call.body.late_start(job), call.body.hopeless(job)) if error is not None]
+    if errors:
+        raise invalid(errors)
 
 
 def _new_args(call: Call[JobPatch, Nothing], job: Job, *, merges: bool) -> str | None:
@@ -107,7 +112,7 @@ def _explain(job: Job, as_wished: set[JobState], refused: set[JobState], wish: s
         raise Unavailable("the job changed at this very moment: try again")
 
 
-def _ring(call: Call[CommandIn, Nothing] | Call[JobPatch, Nothing], answer: Requeued) -> None:
+def _ring(call: Call[RetryIn, Nothing] | Call[JobPatch, Nothing], answer: Requeued) -> None:
     if answer.state == JobState.READY and answer.queue is not None:
         call.services.ringer.mark({answer.queue: 1})
     elif answer.state == JobState.SCHEDULED:
@@ -143,7 +148,7 @@ OPERATIONS = (
         summary="Run a job again",
         handler=retry_job,
         permission=Permission.OPERATE,
-        body=CommandIn,
+        body=RetryIn,
         body_optional=True,
         query=Nothing,
         responds=JobOut,

@@ -4,6 +4,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 import anyio
+import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -36,7 +37,12 @@ async def create_job(call: Call[JobIn, Nothing]) -> Reply:
     [new] = await new_jobs([item], call.actor)
     added = await call.services.enqueuer.enqueue_one(new)
     check_replays([item], [new], [added])
-    headers = {"Location": call.url(f"/v1/jobs/{added.id}")} | ({} if added.request is None else REPLAYED)
+    headers = {"Location": call.url(f"/v1/jobs/{added.id}")}
+    if added.request is not None:
+        # The same values, but perhaps spelt otherwise: the answer is to be the first one's, to the letter.
+        known = await call.services.store.get_job(added.id)
+        new = new if known is None else msgspec.structs.replace(new, args=known.args, enqueued_by=known.enqueued_by)
+        headers |= REPLAYED
     return Reply(job_out(fresh_job(new, added)), headers)
 
 

@@ -43,9 +43,15 @@ class Commands(StatementRunner):
         actor: str,
         reason: str | None = None,
         only_dead: bool = False,
+        generation: int | None = None,
     ) -> list[Requeued]:
-        """Runs jobs again, each after its delay; one answer each, in order. The ids are distinct."""
-        rows = await self._fetch("retry_jobs", list(job_ids), list(delays_seconds), only_dead, actor, reason)
+        """Runs jobs again, each after its delay; one answer each, in order. The ids are distinct.
+
+        With a generation, only those that are in it.
+        """
+        rows = await self._fetch(
+            "retry_jobs", list(job_ids), list(delays_seconds), only_dead, actor, reason, generation
+        )
         return [Requeued(*row) for row in rows]
 
     async def change_job(self, job_id: UUID, change: JobChange, *, version: str | None, actor: str) -> Requeued | None:
