@@ -24,6 +24,7 @@ from rich.text import Text
 
 from clarion.embedded import running_postgres
 
+_LINE_SECONDS = 60.0
 SCRIPTS = Path(__file__).resolve().parent
 
 console = Console(stderr=True, soft_wrap=True)
@@ -185,14 +186,16 @@ class Child:
         self._tail: deque[str] = deque(maxlen=50)
 
     async def line_with(self, text: str) -> str:
-        """The first line that contains the text; exits, showing what the process said, if it ends without."""
-        while True:
-            for line in self._tail:
-                if text in line:
-                    return line
-            if self._ended:
-                raise VerificationError("a process ended too early; it said:\n" + "\n".join(self._tail))
-            await self._changed.wait()
+        """The first line that contains the text; exits, showing what the process said, if none comes in a minute."""
+        with anyio.move_on_after(_LINE_SECONDS):
+            while True:
+                for line in self._tail:
+                    if text in line:
+                        return line
+                if self._ended:
+                    break
+                await self._changed.wait()
+        raise VerificationError(f"a process never said {text!r}; it said:\n" + "\n".join(self._tail))
 
     async def pump(self) -> None:
         """Reads standard error to its end, and remembers the last lines."""

@@ -80,6 +80,14 @@ async def waits(*, ctx: Context) -> str:
     return "never"
 
 
+@worker.task("last-words", timeout="50ms", max_attempts=1)
+async def last_words(*, ctx: Context) -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        ctx.log.info("I am being ended")
+
+
 @worker.task("succeeds-all-the-same")
 async def succeeds_all_the_same() -> str:
     started.set()
@@ -211,6 +219,12 @@ async def test_a_handler_that_talks_too_much_is_cut_short_and_it_shows(clarion: 
     job = await run(clarion, "talks", lines=100)
     lines = await clarion.store.list_logs(job.id, after=None, limit=100)
     assert (len(lines), lines[-1].message) == (20, "82 more lines of this attempt were not kept")
+
+
+async def test_the_last_words_of_a_handler_that_is_ended_are_kept(clarion: Client) -> None:
+    job = await run(clarion, "last-words")
+    lines = await clarion.store.list_logs(job.id, after=None, limit=100)
+    assert [line.message for line in lines] == ["I am being ended"]
 
 
 async def test_lines_that_postgres_refuses_are_made_fit(clarion: Client) -> None:

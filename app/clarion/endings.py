@@ -117,6 +117,6 @@ def unstorable(outcome: Ending, reason: str) -> Failure:
         id=outcome.id,
         token=outcome.token,
         error_type="Unstorable",
-        error_message=ascii(reason)[:1000],
+        error_message=reason.encode("ascii", "backslashreplace").decode()[:1000],
         dead_reason=DeadReason.RESULT_UNSTORABLE,
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from math import isfinite
 from typing import Any, Generic, TypeAlias, TypedDict, TypeVar, Unpack
 
 import msgspec
@@ -16,9 +17,10 @@ Duration: TypeAlias = str | float | timedelta
 class JobOptions(TypedDict, total=False):
     """What an enqueue may say besides the task and its arguments.
 
-    What it leaves open, the task's definition decides, then the server's settings. `priority` is -100 to 100, higher
-    runs first. Give `run_at` or `delay`, not both; datetimes are aware. `start_within` and `total_timeout` count from
-    the moment at which the job is due. A second enqueue with the same `idempotency_key` answers the first one's job.
+    What it leaves open, as None does, the task's definition decides, then the server's settings. `priority` is -100 to
+    100, higher runs first. Give `run_at` or `delay`, not both; datetimes are aware. `start_within` and `total_timeout`
+    count from the moment at which the job is due. A second enqueue with the same `idempotency_key` answers the first
+    one's job.
     """
 
     queue: str
@@ -61,8 +63,8 @@ def requested(request: JobRequest[Any] | str, args: Mapping[str, Any] | None, op
 
 
 def encode_request(request: JobRequest[Any]) -> bytes:
-    """The body that enqueues it; raises TypeError or ValueError for arguments that JSON cannot express."""
-    options = {name: _plain(value) for name, value in request.options.items()}
+    """The body that enqueues it; raises TypeError or ValueError for what JSON cannot express."""
+    options = {name: _plain(name, value) for name, value in request.options.items() if value is not None}
     encoded = msgspec.json.encode({"task": request.task, "args": request.args, **options})
     # NaN and infinity are written as null, so only arguments with a null in them can hold one.
     if b"null" in encoded:
@@ -75,5 +77,7 @@ def duration_seconds(duration: Duration) -> str | float:
     return duration.total_seconds() if isinstance(duration, timedelta) else duration
 
 
-def _plain(value: object) -> object:
+def _plain(name: str, value: object) -> object:
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"the option {name} is {value}, which JSON cannot express")
     return duration_seconds(value) if isinstance(value, timedelta) else value

@@ -25,6 +25,8 @@ log = structlog.get_logger()
 
 _CALL_MAX_LINES = 500
 _FLUSH_SECONDS = 0.25
+# Less than the grace of a handler that was told to end: its last lines are not to make it count as stuck.
+_CLOSE_SECONDS = 1.5
 
 
 # Takes a line that is to be kept with the job: its level, its message, its fields.
@@ -111,7 +113,8 @@ class LineKeeper:
             yield
         finally:
             self._open.remove(lines)
-        await lines.close()
+            with anyio.move_on_after(_CLOSE_SECONDS):
+                await lines.close()
 
     async def step(self) -> float:
         """Stores what was said since the last step. Weather is waited out at the next."""

@@ -1,7 +1,7 @@
 """Every call of the API, as the steps that it takes: built, sent, repeated and read, without I/O.
 
 All of them are safe to repeat, so that weather may cut off any: reads by nature, an enqueue by its idempotency key,
-cancel and retry since a second one asks for no more than the first.
+cancel since a second one asks for no more than the first, and retry by the generation of the job that it is meant for.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,8 @@ class Calls(msgspec.Struct, frozen=True):
 
     def retry(self, job_id: UUID | str, reason: str | None) -> Flow[JobView]:
         """The job, to be run again."""
-        return (yield from self._act(job_id, "retry", reason))
+        job = yield from self.get_job(job_id)
+        return (yield from self._act(job_id, "retry", reason, generation=job.generation))
 
     def attempts(self, job_id: UUID | str) -> Flow[Attempts]:
         """What happened to the job."""
@@ -121,9 +122,9 @@ class Calls(msgspec.Struct, frozen=True):
                 hasty += 1
                 yield Pause(min(backoff_seconds(hasty), left_seconds))
 
-    def _act(self, job_id: UUID | str, verb: str, reason: str | None) -> Flow[JobView]:
-        body = msgspec.json.encode({} if reason is None else {"reason": reason})
-        answer = yield from self._exchange("POST", f"{_path(job_id)}/{verb}", body=body)
+    def _act(self, job_id: UUID | str, verb: str, reason: str | None, **members: int) -> Flow[JobView]:
+        body = members if reason is None else {"reason": reason, **members}
+        answer = yield from self._exchange("POST", f"{_path(job_id)}/{verb}", body=msgspec.json.encode(body))
         return read_answer(answer, JobView, self.url)
 
     def _exchange(
@@ -172,7 +173,7 @@ def in_batches(encoded: Iterable[bytes]) -> Iterator[Sequence[bytes]]:
 
 def _keyed(request: JobRequest[T]) -> JobRequest[T]:
     """The request with a key of its own, fresh unless it has one: repeated, it still makes one job."""
-    if "idempotency_key" in request.options:
+    if request.options.get("idempotency_key") is not None:
         return request
     return request.having(idempotency_key=str(uuid4()))
 

@@ -6,7 +6,8 @@ need neither server nor clock.
 """
 
 from collections.abc import Generator, Mapping
-from math import inf
+from decimal import Decimal, InvalidOperation
+from math import inf, isfinite
 from time import monotonic
 from typing import Generic, TypeAlias, TypeVar
 
@@ -17,6 +18,9 @@ from clarion.client.options import ClientOptions
 from clarion.loops import backoff_seconds
 
 T = TypeVar("T")
+
+# How long an answer may take on its way when the time for it is over.
+_GRACE_SECONDS = 1.0
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +51,7 @@ class Lost(msgspec.Struct, frozen=True):
     """No answer came, and why."""
 
     reason: str
+    cause: Exception | None = None
 
 
 class Done(msgspec.Struct, Generic[T], frozen=True):
@@ -71,20 +76,25 @@ def advance(flow: Flow[T], reply: Reply) -> Step | Done[T]:
 def exchange(ask: Ask, url: str, options: ClientOptions, *, give_up_at: float = inf) -> Flow[Answer]:
     """The answer to a request that is safe to repeat, through weather of bounded length.
 
-    `give_up_at`, on the monotonic clock, is a nearer bound. Raises the API's problem as ApiError, or Unreachable.
+    `give_up_at`, on the monotonic clock, is the caller's own bound. Raises the API's problem as ApiError, or
+    Unreachable; TimeoutError from either when the weather outlasts the caller's bound.
     """
     failures = 0
+    retry_until = inf
     while True:
-        reply = yield ask
+        reply = yield _bounded(ask, give_up_at - monotonic())
         if isinstance(reply, Answer) and 200 <= reply.status < 300:
             return reply
         failures += 1
         if failures == 1:
-            give_up_at = min(give_up_at, monotonic() + options.retry_seconds)
+            retry_until = monotonic() + options.retry_seconds
         error = _error_in(reply, url)
         pause_seconds = _retry_after_seconds(reply) + backoff_seconds(failures)
         is_weather = isinstance(error, Unreachable) or error.retryable
-        if not is_weather or monotonic() + pause_seconds > give_up_at:
+        resume_at = monotonic() + pause_seconds
+        if is_weather and resume_at > give_up_at:
+            raise TimeoutError(f"{ask.method} {ask.path} had no answer in time: {error}") from error
+        if not is_weather or resume_at > retry_until:
             raise error
         yield Pause(pause_seconds)
 
@@ -92,7 +102,7 @@ def exchange(ask: Ask, url: str, options: ClientOptions, *, give_up_at: float = 
 def read_answer(answer: Answer, kind: type[T], url: str) -> T:
     """The body as a struct; raises ApiError when somebody else than Clarion must have sent it."""
     try:
-        return msgspec.json.decode(answer.body, type=kind)
+        return msgspec.json.Decoder(kind, float_hook=_number).decode(answer.body)
     except msgspec.DecodeError as error:
         detail = (
             f"what answers at {url} is not Clarion's API, or another version of it: {error}: {excerpt(answer.body)}"
@@ -100,10 +110,29 @@ def read_answer(answer: Answer, kind: type[T], url: str) -> T:
         raise ApiError(unknown_problem(answer.status, detail)) from None
 
 
+def _bounded(ask: Ask, left_seconds: float) -> Ask:
+    """The request with a timeout that outlasts what is left by no more than an answer on its way may take."""
+    longest_seconds = max(0.0, left_seconds) + _GRACE_SECONDS
+    return msgspec.structs.replace(ask, timeout_seconds=min(ask.timeout_seconds, longest_seconds))
+
+
+def _number(text: str) -> float | Decimal:
+    """A number of a payload, which may be beyond what a float can hold."""
+    number = float(text)
+    if isfinite(number):
+        return number
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"number out of range: {text}") from None
+
+
 def _error_in(reply: Reply, url: str) -> ApiError | Unreachable:
     if isinstance(reply, Answer):
         return error_of(read_problem(reply.status, reply.body, reply.headers.get("x-request-id", "")))
-    return Unreachable(url, reply.reason if reply else "no reply")
+    error = Unreachable(url, reply.reason if reply else "no reply")
+    error.__cause__ = reply.cause if reply else None
+    return error
 
 
 def _retry_after_seconds(reply: Reply) -> float:
