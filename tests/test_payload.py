@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clarion.api.payload import DEPTH_MAX, SEARCH_MAX_CHARS, Fault, FaultFinder, find_fault, kind_of_json, pointer_to
+from clarion.payload import DEPTH_MAX, SEARCH_MAX_CHARS, Fault, FaultFinder, find_fault, kind_of_json, pointer_to
 
 ANY = 10_000_000
 

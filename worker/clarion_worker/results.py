@@ -1,13 +1,11 @@
 """A handler's result as JSON text that Postgres will keep and every reader can read."""
 
 import json
-import re
 from typing import Any
 
 import msgspec
 
-# An escape that is not itself escaped: an even number of backslashes before it.
-_ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+from clarion.payload import FaultFinder
 
 
 def encode_result(result: Any, *, max_bytes: int) -> str | None:
@@ -20,8 +18,9 @@ def encode_result(result: Any, *, max_bytes: int) -> str | None:
         raise ValueError(f"the result is not JSON: {type(error).__name__}: {error}") from error
     if len(encoded) > max_bytes:
         raise ValueError(f"the result has {len(encoded)} bytes, more than the {max_bytes} allowed")
-    if _ESCAPED_NUL.search(encoded):
-        raise ValueError("the result contains a NUL character, which Postgres cannot store in text")
+    fault = FaultFinder().in_value(encoded)
+    if fault is not None:
+        raise ValueError(f"the result {fault.detail}" + (f", at {fault.pointer}" if fault.pointer else ""))
     # NaN and infinity are written as null, so only a result with a null in it can hold one.
     if b"null" in encoded:
         _check_finite(result)

@@ -8,7 +8,6 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from clarion.api.decoding import Form
-from clarion.api.payload import FaultFinder
 from clarion.api.schemas import (
     DATES,
     Duration,
@@ -26,6 +25,7 @@ from clarion.api.schemas import (
 )
 from clarion.errors import FieldError
 from clarion.job import DeadFilter, DeadReason, Job, JobChange
+from clarion.payload import FaultFinder
 
 REASON_MAX_CHARS = 1_000
 REDRIVE_MAX_JOBS = 10_000

@@ -15,11 +15,11 @@ from clarion.api.command_forms import DeadFields, RedriveIn
 from clarion.api.cursor import decode_dead, encode_dead
 from clarion.api.decoding import Form, Nothing
 from clarion.api.operation import Call, Operation, Reply
-from clarion.api.payload import FaultFinder
 from clarion.api.representations import JobListOut, summary_out
 from clarion.api.schemas import ListLimit, Name
 from clarion.errors import FieldError, Overloaded, Unavailable
 from clarion.job import DeadFilter, DeadGroup, JobState, JobSummary
+from clarion.payload import FaultFinder
 from clarion.store import Store
 
 GROUPS_MAX = 1_000

@@ -16,8 +16,8 @@ from urllib.parse import parse_qsl
 import anyio.to_thread
 import msgspec
 
-from clarion.api.payload import FaultFinder, kind_of_json, pointer_to
 from clarion.errors import ClarionError, FieldError, Invalid, Malformed
+from clarion.payload import FaultFinder, kind_of_json, pointer_to
 
 # A body may hold more errors than anybody will read; the answer must not outgrow it.
 ERRORS_MAX = 1_000

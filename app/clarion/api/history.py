@@ -13,11 +13,11 @@ from clarion.api.cursor import decode_line, encode_line
 from clarion.api.decoding import Form, Nothing
 from clarion.api.lookup import find_job, job_id_in
 from clarion.api.operation import Call, Operation, Reply
-from clarion.api.payload import FaultFinder
 from clarion.api.representations import raw
 from clarion.errors import FieldError, NotFound, Overloaded, Unavailable
 from clarion.execution import Attempt, StoredLine
 from clarion.job import FINAL
+from clarion.payload import FaultFinder
 from clarion.timeline import Entry, timeline
 
 LINES_MAX = 1_000

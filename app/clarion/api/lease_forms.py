@@ -15,13 +15,13 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from clarion import texts
 from clarion.api.decoding import Form, below, decode
 from clarion.api.lease_tokens import decode_lease_token
-from clarion.api.payload import FaultFinder
 from clarion.api.schemas import Duration, Name
 from clarion.claims import Ask
 from clarion.durations import format_duration, parse_duration
 from clarion.errors import FieldError, Invalid
 from clarion.execution import AttemptOutcome, Beat, Failure, LogLine
 from clarion.job import DeadReason
+from clarion.payload import FaultFinder
 from clarion.texts import LINE_FIELDS_MAX_BYTES, LINE_MESSAGE_MAX_CHARS, PROGRESS_MESSAGE_MAX_CHARS, storable
 
 CLAIM_MAX_JOBS = 1_000

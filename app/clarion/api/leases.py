@@ -27,13 +27,13 @@ from clarion.api.lease_bodies import TextOperation
 from clarion.api.lease_forms import HeartbeatIn, LeasesIn, LogsIn, ProgressIn
 from clarion.api.lease_tokens import decode_lease_token
 from clarion.api.operation import Call, Operation, Reply
-from clarion.api.payload import FaultFinder
 from clarion.api.requests import disconnected
 from clarion.api.services import Services
 from clarion.claims import Ask
 from clarion.errors import ClarionError, LeaseLost, NotFound, Overloaded, Unavailable, Unstorable
 from clarion.events import Event
 from clarion.execution import Lease, Release, WorkerRecord
+from clarion.payload import FaultFinder
 from clarion.texts import storable
 
 log = structlog.get_logger()

@@ -8,12 +8,12 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from clarion.api.cursor import decode_cursor
 from clarion.api.decoding import Form, below
-from clarion.api.payload import FaultFinder
 from clarion.api.requests import IDEMPOTENCY_KEY_MAX_CHARS
 from clarion.durations import format_duration, parse_duration
 from clarion.errors import FieldError
 from clarion.job import JobFilter, JobState, NewJob
 from clarion.names import NAME_PATTERN
+from clarion.payload import FaultFinder
 
 _DAY_SECONDS = 86_400
 DELAY_MAX_SECONDS = 3_650 * _DAY_SECONDS

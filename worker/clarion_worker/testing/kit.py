@@ -23,7 +23,7 @@ from clarion_worker.testing.in_process import BlockingInProcess, InProcess
 from clarion_worker.testing.runs import HandlerRun
 from clarion_worker.testing.slot import ACTOR, NOW, find_jobs, open_slot
 
-_URL = "http://clarion.test"
+_URL = "http://clarion"
 _EXPIRE_LEASES = Path(__file__).with_name("expire_leases.sql").read_text(encoding="utf-8")
 _DEFAULT = Settings()
 
