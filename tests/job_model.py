@@ -68,6 +68,7 @@ class JobModel(msgspec.Struct, kw_only=True):
     attempts: list[tuple[AttemptOutcome, JobState]] = []  # those that did not succeed
     events: list[JobEvent] = []
     lines: dict[tuple[UUID, int], bool] = {}  # by token and number: whether it was kept
+    earlier_lines: int = 0  # those of earlier generations
 
     @property
     def is_over(self) -> bool:
@@ -147,7 +148,7 @@ class JobModel(msgspec.Struct, kw_only=True):
         """For each line whether it is kept; None where the lease is lost."""
         for n in numbers:
             if token == self.token and (token, n) not in self.lines:
-                self.lines[token, n] = len(self.lines) < self.limits.log_max_lines
+                self.lines[token, n] = len(self.lines) - self.earlier_lines < self.limits.log_max_lines
         return [self._line(token, n) for n in numbers]
 
     def complete(self, token: UUID, result: str | None, key: str | None) -> tuple[bool, str | None, str | None] | str:
@@ -342,6 +343,7 @@ class JobModel(msgspec.Struct, kw_only=True):
 
     def _begin_anew(self) -> None:
         self.generation += 1
+        self.earlier_lines = len(self.lines)
         self.attempt = self.errors = self.crashes = self.snoozes = 0
         self.start_by = self.dead_reason = None
         self.finish_by = None if self.total_timeout is None else self.run_at[0] + self.total_timeout

@@ -180,8 +180,8 @@ def _differences(row: asyncpg.Record, job: JobModel) -> list[str]:
     }
     actual = {**row, "attempts": sorted(row["attempts"])}
     # A line beyond the limit leaves no trace but its count, so a repeated call counts it again.
-    counted = len(job.lines)
-    expected["lines"] = counted if all(job.lines.values()) else max(counted, row["lines"])
+    lines = list(job.lines.values())[job.earlier_lines :]
+    expected["lines"] = len(lines) if all(lines) else max(len(lines), row["lines"])
     found = [f"{name} is {actual[name]}, not {value}" for name, value in expected.items() if actual[name] != value]
     found += _at_another_time("waits", row["runs_in"], job.run_at, job) if job.state in WAITING else []
     found += _at_another_time("is held", row["held_for"], (job.lease_ends,) * 2, job) if job.token else []

@@ -1,8 +1,9 @@
 """Workers over HTTP: claiming jobs, keeping them, and what they say meanwhile."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from socket import SHUT_RDWR
 from string import ascii_letters, digits
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,14 +14,14 @@ import httpx2
 import msgspec
 import pytest
 import structlog
-from anyio.abc import SocketStream
+from anyio.abc import SocketAttribute, SocketStream
 
 from api_harness import client_of, listening, read_answer, services_over
 from clarion.api.lease_tokens import decode_lease_token, encode_lease_token
 from clarion.api.services import Services
 from clarion.db import Database
 from clarion.errors import Unavailable
-from clarion.execution import Lease, Policy, Release
+from clarion.execution import Lease, Policy
 from clarion.job import NewJob
 from clarion.main import bind, running_services, serve
 from clarion.settings import Settings
@@ -66,9 +67,11 @@ async def say(client: httpx2.AsyncClient, lease: Mapping[str, Any], verb: str, b
     return await client.post(f"/v1/leases/{lease['token']}/{verb}", json={} if body is None else body)
 
 
-async def lose(store: Store, lease: Mapping[str, Any]) -> None:
-    """Takes the job from its worker."""
-    await store.release_jobs([Release(*decode_lease_token(lease["token"]))])
+async def lose(store: Store, database: Database, lease: Mapping[str, Any]) -> None:
+    """Takes the job from its worker, whose lease has run out."""
+    job_id = UUID(lease["id"])
+    await database.fetch("update clarion.jobs set lease_expires_at = now() - interval '1 h' where id = $1", job_id)
+    await store.reap_jobs()
 
 
 async def seconds_left(database: Database, lease: Mapping[str, Any]) -> float:
@@ -161,13 +164,13 @@ async def test_the_lease_is_as_long_as_asked_or_else_the_servers(
 
 
 async def test_a_checkpoint_is_given_to_the_next_attempt_to_the_letter(
-    client: httpx2.AsyncClient, store: Store
+    client: httpx2.AsyncClient, store: Store, database: Database
 ) -> None:
     lease = await claim_one(client, store)
     body = b'{"checkpoint": {"row": 1.50,  "row": 2}}'
     headers = {"content-type": "application/json"}
     await client.post(f"/v1/leases/{lease['token']}/progress", content=body, headers=headers)
-    await lose(store, lease)
+    await lose(store, database, lease)
     answer = await client.post("/v1/leases", json={"worker": WORKER, "queues": ["default"]})
     assert '"checkpoint":{"row": 1.50,  "row": 2},' in answer.text
 
@@ -209,6 +212,28 @@ async def test_who_claims_is_on_the_list_of_workers(client: httpx2.AsyncClient, 
     [seen] = await store.list_workers(limit=9)
     assert (str(seen.id), seen.name, seen.version) == (worker, "node on\N{REPLACEMENT CHARACTER} box", "http")
     assert (seen.queues, seen.tasks, seen.concurrency, seen.running) == (["b", "a"], ["x", "y"], 7, 0)
+
+
+async def test_a_worker_that_is_to_drain_gets_no_more_jobs(client: httpx2.AsyncClient, store: Store) -> None:
+    await enqueue(store)
+    await beat(client)
+    await client.post(f"/v1/workers/{WORKER}/drain")
+    await beat(client)
+    for wait in (0, 30):
+        answer = await client.post("/v1/leases", json={"worker": WORKER, "queues": ["default"], "wait": wait})
+        assert (answer.status_code, answer.json()) == (200, {"leases": [], "waited": 0, "directive": "drain"})
+    assert len(await claim(client, worker=str(uuid4()))) == 1
+
+
+async def test_a_worker_that_only_claims_hears_that_it_is_to_drain(
+    client: httpx2.AsyncClient, store: Store, settings: Settings
+) -> None:
+    await enqueue(store, 2)
+    body = {"worker": WORKER, "queues": ["default"]}
+    assert (await client.post("/v1/leases", json=body)).json()["directive"] == "ok"
+    await client.post(f"/v1/workers/{WORKER}/drain")
+    async with client_of(services_over(store, settings)) as elsewhere:
+        assert (await elsewhere.post("/v1/leases", json=body)).json()["directive"] == "drain"
 
 
 async def test_a_busy_loop_of_claims_is_recorded_once(client: httpx2.AsyncClient, database: Database) -> None:
@@ -283,13 +308,17 @@ async def serving(store: Store, settings: Settings, **changes: Any) -> AsyncIter
 @asynccontextmanager
 async def asking(port: int, **body: Any) -> AsyncIterator[SocketStream]:
     """A connection on which a claim that waits has been sent."""
+    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+        await send_claim(stream, **body)
+        yield stream
+
+
+async def send_claim(stream: SocketStream, **body: Any) -> None:
     sent = msgspec.json.encode({"worker": str(uuid4()), "queues": ["default"], "wait": "30s"} | body)
     head = (
         f"POST /v1/leases HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(sent)}\r\n\r\n"
     )
-    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-        await stream.send(head.encode() + sent)
-        yield stream
+    await stream.send(head.encode() + sent)
 
 
 async def leases_in(stream: SocketStream) -> list[Any]:
@@ -362,6 +391,37 @@ async def test_what_was_claimed_for_a_client_that_hung_up_is_handed_back_and_goe
     assert [line["jobs"] for line in lines if line["event"] == "claim.released"] == [1]
 
 
+async def test_what_was_claimed_for_a_client_that_hung_up_just_then_is_handed_back(
+    database: Database, settings: Settings
+) -> None:
+    class HangingUp(CountingStore):
+        hang_up: Callable[[], None]
+
+        async def claim_jobs(self, *args: Any, **options: Any) -> list[Lease]:
+            leases = await super().claim_jobs(*args, **options)
+            self.hang_up()
+            return leases
+
+    store = HangingUp(database, settings)
+    await enqueue(store)
+    hung_up = anyio.Event()
+
+    def hang_up(stream: SocketStream) -> None:
+        raw_socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610  not Django's
+        raw_socket.shutdown(SHUT_RDWR)
+        hung_up.set()
+
+    async with (
+        serving(store, settings, sweep_seconds=300) as (_, port),
+        await anyio.connect_tcp("127.0.0.1", port) as stream,
+    ):
+        store.hang_up = partial(hang_up, stream)
+        await send_claim(stream)
+        await hung_up.wait()
+        while not await database.fetch("select from clarion.attempts where outcome = 'released'"):
+            pass
+
+
 async def test_jobs_that_came_while_nobody_listened_are_found_when_the_listener_is_back(
     counting: CountingStore, settings: Settings, database: Database
 ) -> None:
@@ -432,13 +492,13 @@ async def test_in_process_a_ring_is_enough(services: Services, client: httpx2.As
 
 
 async def test_a_heartbeat_tells_of_each_lease_in_the_order_of_the_request(
-    client: httpx2.AsyncClient, store: Store, settings: Settings
+    client: httpx2.AsyncClient, store: Store, settings: Settings, database: Database
 ) -> None:
     await enqueue(store, 5)
     leases = await claim(client, max=5)
     held, asked_to_cancel, lost, finished, busy = leases
     await store.cancel_jobs([UUID(asked_to_cancel["id"])], actor="api")
-    await lose(store, lost)
+    await lose(store, database, lost)
     await say(client, finished, "complete")
     strange = encode_lease_token(uuid4(), uuid4())
     tokens = [strange, *(lease["token"] for lease in (finished, lost, busy, held, asked_to_cancel)), "no token"]
@@ -490,6 +550,36 @@ async def test_a_checkpoint_that_cannot_be_stored_costs_nobody_the_lease(
     assert "refused" not in answer["leases"][1]
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "why"),
+    [
+        (rb'"caf\ud83d"', "checkpoint holds half a surrogate pair"),
+        (rb'{"a": [1, "\uDE00"]}', "checkpoint/a/1 holds half a surrogate pair"),
+        (b"[" * 5_000 + b"]" * 5_000, f"checkpoint{'/0' * 64} nests deeper than 64 levels"),
+        (b'{"a":' * 5_000 + b'"]}"' + b"}" * 5_000, f"checkpoint{'/a' * 64} nests deeper than 64 levels"),
+        (b'"%s"' % (b"x" * 1_048_576), "checkpoint has 1048578 bytes, more than the 1048576 allowed"),
+    ],
+    ids=["half a pair", "the other half", "deep arrays", "deep objects", "large"],
+)
+async def test_a_checkpoint_that_cannot_even_be_read_costs_nobody_the_lease(
+    client: httpx2.AsyncClient, store: Store, checkpoint: bytes, why: str
+) -> None:
+    await enqueue(store, 2)
+    bad, good = (lease["token"].encode() for lease in await claim(client, max=2))
+    kept = rb'["\ud83d\ude00", "\\ud83d"]'
+    body = b'{"worker": "%s", "leases": [{"token": "%s", "checkpoint": %s}, {"token": "%s", "checkpoint": %s}]}' % (
+        WORKER.encode(), bad, checkpoint, good, kept,
+    )  # fmt: skip
+    headers = {"content-type": "application/json"}
+    answer = await client.post("/v1/leases/heartbeat", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    first, second = answer.json()["leases"]
+    assert (first["status"], second["status"], "refused" in second) == ("extended", "extended", False)
+    assert first["refused"].startswith(why)
+    job_id = decode_lease_token(good.decode())[0]
+    assert (await client.get(f"/v1/jobs/{job_id}")).json()["checkpoint"] == ["\N{GRINNING FACE}", "\\ud83d"]
+
+
 async def test_a_lease_named_twice_is_answered_twice(client: httpx2.AsyncClient, store: Store) -> None:
     token = (await claim_one(client, store))["token"]
     answer = await beat(client, leases=[{"token": token}, {"token": token, "checkpoint": 2}])
@@ -533,6 +623,19 @@ async def test_progress_is_kept_and_extends_the_lease(
     assert 20 < answer.json()["lease"] <= 30
     job = (await client.get(f"/v1/jobs/{lease['id']}")).json()
     assert job["progress"] == {"current": 3, "total": 10.5, "message": "so far\N{REPLACEMENT CHARACTER}"}
+
+
+async def test_half_a_character_in_a_message_is_replaced_and_in_a_checkpoint_refused(
+    client: httpx2.AsyncClient, store: Store
+) -> None:
+    lease = await claim_one(client, store)
+    path, headers = f"/v1/leases/{lease['token']}/progress", {"content-type": "application/json"}
+    answer = await client.post(path, content=rb'{"message": "so \ud83d", "checkpoint": [1]}', headers=headers)
+    assert answer.json()["status"] == "extended"
+    job = (await client.get(f"/v1/jobs/{lease['id']}")).json()
+    assert (job["progress"]["message"], job["checkpoint"]) == ("so \N{REPLACEMENT CHARACTER}", [1])
+    answer = await client.post(path, content=rb'{"checkpoint": ["\ud83d"]}', headers=headers)
+    assert errors(answer)["/checkpoint/0"].startswith("holds half a surrogate pair")
 
 
 async def test_progress_without_words_leaves_them_as_they_were(client: httpx2.AsyncClient, store: Store) -> None:
@@ -632,6 +735,35 @@ async def test_fields_may_be_null(client: httpx2.AsyncClient, store: Store) -> N
     assert (await say(client, lease, "logs", {"lines": lines})).json() == {"kept": 1, "dropped": 0}
 
 
+# -- After the end ---------------------------------------------------------------------------------------------------
+
+ERROR = {"type": "Oops", "message": "no luck"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "body"),
+    [
+        ("complete", {"result": 1}),
+        ("fail", {"error": ERROR}),
+        ("fail", {"error": ERROR, "retryable": False}),
+        ("fail", {"error": ERROR, "outcome": "timeout"}),
+        ("snooze", {"delay": "1h"}),
+        ("release", None),
+    ],
+    ids=["complete", "fail", "dead", "timeout", "snooze", "release"],
+)
+async def test_what_a_worker_said_of_a_job_that_it_has_ended_since_is_not_told_that_its_lease_was_lost(
+    client: httpx2.AsyncClient, store: Store, verb: str, body: Any
+) -> None:
+    lease = await claim_one(client, store)
+    await say(client, lease, "logs", {"lines": [{"n": 1, "message": "a"}]})
+    assert (await say(client, lease, verb, body)).status_code == 200
+    answer = await say(client, lease, "progress", {"current": 1})
+    assert (answer.status_code, answer.json()) == (200, {"status": "ended", "lease": None})
+    answer = await say(client, lease, "logs", {"lines": [{"n": n, "message": "a"} for n in (1, 2)]})
+    assert (answer.status_code, answer.json()) == (200, {"kept": 1, "dropped": 1})
+
+
 # -- Tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -639,10 +771,10 @@ async def test_fields_may_be_null(client: httpx2.AsyncClient, store: Store) -> N
     ("verb", "body"), [("progress", {"current": 1}), ("logs", {"lines": [{"n": 1, "message": "a"}]})]
 )
 async def test_a_lost_lease_is_told_with_the_state_of_the_job(
-    client: httpx2.AsyncClient, store: Store, verb: str, body: Any
+    client: httpx2.AsyncClient, store: Store, database: Database, verb: str, body: Any
 ) -> None:
     lease = await claim_one(client, store)
-    await lose(store, lease)
+    await lose(store, database, lease)
     answer = await say(client, lease, verb, body)
     assert (answer.status_code, answer.json()["type"], answer.json()["state"]) == (409, "/problems/lease-lost", "ready")
     strange = {"token": encode_lease_token(uuid4(), uuid4())}

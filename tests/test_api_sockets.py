@@ -4,6 +4,7 @@ import contextlib
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import msgspec
@@ -18,6 +19,7 @@ from clarion.api.decoding import Form, Nothing
 from clarion.api.operation import Call, Operation
 from clarion.api.services import Services
 from clarion.job import JobFilter
+from clarion.main import bind, serve
 from clarion.settings import Settings
 from clarion.store import Store
 
@@ -126,6 +128,71 @@ async def test_a_body_that_stops_arriving_is_given_up(services: Services, monkey
         status, body = await read_answer(stream)
         assert (status, msgspec.json.decode(body)["retryable"]) == (408, True)
         assert await is_closed(stream)
+
+
+async def test_beyond_what_all_bodies_may_hold_together_a_request_is_told_to_come_back(services: Services) -> None:
+    bodies = requests.Bodies(max_bytes=12_000)
+    services = msgspec.structs.replace(services, bodies=bodies)
+    job = b'{"task":"work"}'
+    async with listening(services) as port:
+        async with post(port, "content-length: 9000") as one, post(port, "content-length: 9000") as two:
+            await one.send(job.ljust(8_000))
+            while bodies.held_bytes < 8_000:
+                await anyio.lowlevel.checkpoint()
+            await two.send(job.ljust(9_000))
+            status, body = await read_answer(two)
+            assert (status, msgspec.json.decode(body)["type"]) == (503, "/problems/overloaded")
+            await one.send(b" " * 1_000)
+            assert (await read_answer(one))[0] == 201
+        assert bodies.held_bytes == 0
+        async with post(port, "content-length: 9000") as again:
+            await again.send(job.ljust(9_000))
+            assert (await read_answer(again))[0] == 201
+
+
+async def test_lines_are_held_until_they_are_enqueued_and_beyond_the_bound_each_is_told(services: Services) -> None:
+    bodies = requests.Bodies(max_bytes=40)
+    services = msgspec.structs.replace(services, bodies=bodies)
+    lines = b'{"task":"work"}\n' * 3
+    header = f"content-length: {len(lines)}"
+    async with (
+        listening(services) as port,
+        post(port, header, path="/v1/jobs/batch", media_type="application/x-ndjson") as stream,
+    ):
+        await stream.send(lines)
+        status, answer = await read_answer(stream)
+    said = [msgspec.json.decode(line) for line in answer.splitlines()]
+    assert (status, ["id" in line for line in said], bodies.held_bytes) == (200, [True, True, False], 0)
+    assert said[2]["error"]["type"] == "/problems/overloaded"
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])
+async def test_a_body_that_is_half_sent_when_the_server_stops_is_answered_and_soon(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, media_type: str
+) -> None:
+    monkeypatch.setattr(requests, "SHUTDOWN_GRACE_SECONDS", 0.05)
+    stop, started, socket = anyio.Event(), anyio.Event(), bind(settings, "127.0.0.1", 0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(serve, settings, listening=socket, stop=stop, started=started.set))
+        await started.wait()
+        expect = "expect: 100-continue\r\ncontent-length: 100"
+        port = socket.getsockname()[1]
+        async with post(port, expect, path="/v1/jobs/batch", media_type=media_type) as stream:
+            assert (await stream.receive()).startswith(b"HTTP/1.1 100")  # the body is being read
+            await stream.send(b'{"task":')
+            stop.set()
+            with anyio.fail_after(5):
+                status, body = await read_answer(stream)
+            assert (status, msgspec.json.decode(body)["type"]) == (503, "/problems/unavailable")
+
+
+async def test_a_text_that_is_no_token_is_told_before_the_body_is_read(services: Services) -> None:
+    async with (
+        listening(services) as port,
+        post(port, "content-length: 40000", path="/v1/leases/x/complete") as stream,
+    ):
+        with anyio.fail_after(5):
+            assert (await read_answer(stream))[0] == 404
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])

@@ -175,6 +175,27 @@ async def test_an_example_worker_fails_a_job_whose_result_is_refused(name: str) 
 
 
 @pytest.mark.parametrize("name", ["worker.sh", "worker.mjs"])
+async def test_an_example_worker_that_is_answered_at_once_and_without_a_lease_does_not_spin(name: str) -> None:
+    async with trial(shlex.split(example(name)), Terms()) as under_way:
+        script = under_way.script
+        script.empty_claims, script.hold_seconds = True, 0
+        await under_way.until(lambda: len(script.calls_of(Verb.CLAIM)) >= 4, "four requests for leases")
+        times = [call.at for call in script.calls_of(Verb.CLAIM)]
+        assert times[3] - times[0] > 0.5
+
+
+@pytest.mark.parametrize("name", ["worker.sh", "worker.mjs"])
+async def test_an_example_worker_hears_in_its_claim_that_it_is_to_drain(name: str) -> None:
+    async with trial(shlex.split(example(name)), Terms()) as under_way:
+        script = under_way.script
+        await under_way.until(lambda: script.calls_of(Verb.CLAIM), "a request for leases")
+        script.directive = "drain"
+        script.change()
+        assert (await under_way.exit_after())[0] == 0
+        assert (len(script.calls_of(Verb.CLAIM)), script.calls_of(Verb.HEARTBEAT)) == (1, [])
+
+
+@pytest.mark.parametrize("name", ["worker.sh", "worker.mjs"])
 def test_an_example_is_short(name: str) -> None:
     assert len((EXAMPLES / name).read_text().splitlines()) < 200
 

@@ -34,10 +34,14 @@ class Endings:
         self._completions: Batcher[Completion, Completed] = Batcher(
             store.complete_jobs, **limits, weigh=lambda completion: len(completion.result or "")
         )
-        self._failures: Batcher[Failure, Ended] = Batcher(self._fail, **limits)
+        self._failures: Batcher[Failure, Ended] = Batcher(
+            self._fail, **limits, weigh=lambda failure: len(failure.error_trace or "") + len(failure.error_message)
+        )
         self._snoozings: Batcher[Snoozing, Ended] = Batcher(self._snooze, **limits)
         self._releases: Batcher[Release, Ended] = Batcher(self._release, **limits)
-        self._beats: Batcher[Beat, Heartbeat | None] = Batcher(self._beat, **limits)
+        self._beats: Batcher[Beat, Heartbeat | None] = Batcher(
+            self._beat, **limits, weigh=lambda beat: len(beat.checkpoint or "") + len(beat.progress or "")
+        )
         self._lines: Batcher[Sequence[LogLine], Sequence[bool | None]] = Batcher(
             self._log, batch_max=_LINES_BATCH_MAX, buffer_max=buffer_max
         )

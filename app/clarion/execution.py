@@ -92,11 +92,12 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snoozing(msgspec.Struct, frozen=True):
-    """An attempt that postpones its job."""
+    """An attempt that postpones its job; not `counted` where that is the worker's wish, and not the handler's."""
 
     id: UUID
     token: UUID
     delay_seconds: float
+    counted: bool = True
 
 
 class Release(msgspec.Struct, frozen=True):

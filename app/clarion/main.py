@@ -152,4 +152,5 @@ class _Server(uvicorn.Server):
         self._services.draining.set()
         self._services.waits.close()
         self._services.claims.close()
+        self._services.bodies.close()
         self.should_exit = True

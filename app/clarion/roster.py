@@ -16,6 +16,7 @@ _SEEN_MAX = 10_000
 class _Seen(msgspec.Struct, frozen=True):
     at: float
     running: int
+    directive: Directive
 
 
 class Roster:
@@ -25,11 +26,15 @@ class Roster:
         self._store = store
         self._seen: dict[UUID, _Seen] = {}
 
-    async def note_claim(self, worker: WorkerRecord) -> None:
-        """Records a worker that asks for jobs, unless it was recorded just now; how many it runs its heartbeats say."""
+    async def note_claim(self, worker: WorkerRecord) -> Directive:
+        """Records a worker that asks for jobs, unless it was recorded just now; what it is told to do.
+
+        How many it runs its heartbeats say.
+        """
         seen = self._seen.get(worker.id)
-        if seen is None or anyio.current_time() >= seen.at + _CLAIM_EVERY_SECONDS:
-            await self._record(msgspec.structs.replace(worker, running=seen.running if seen else 0))
+        if seen and anyio.current_time() < seen.at + _CLAIM_EVERY_SECONDS:
+            return seen.directive
+        return await self._record(msgspec.structs.replace(worker, running=seen.running if seen else 0))
 
     async def note_heartbeat(self, worker: WorkerRecord) -> Directive:
         """Records a worker that says what it runs; what it is told to do."""
@@ -38,7 +43,7 @@ class Roster:
     async def _record(self, worker: WorkerRecord) -> Directive:
         directive = await self._store.record_worker(worker)
         self._seen.pop(worker.id, None)
-        self._seen[worker.id] = _Seen(anyio.current_time(), worker.running)
+        self._seen[worker.id] = _Seen(anyio.current_time(), worker.running, directive)
         if len(self._seen) > _SEEN_MAX:
             del self._seen[next(iter(self._seen))]
         return directive

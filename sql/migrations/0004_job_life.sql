@@ -11,7 +11,7 @@ alter table clarion.jobs
   add column cancel_requested_at timestamptz,   -- only while running: no heartbeat extends the lease any more
   add column lease_seconds real,                -- as the claim asked for; heartbeats that do not say extend by so much
   add column generation smallint not null default 1,  -- a retry of a dead or cancelled job begins the next
-  add column log_lines integer not null default 0,    -- offered by all attempts; kept up to a limit
+  add column log_lines integer not null default 0,    -- offered in this generation; kept up to a limit
   add column enqueued_by text,                  -- null: the API, for somebody who gave no name
   add column error_type text,                   -- of the latest attempt that went wrong
   add column progress json,

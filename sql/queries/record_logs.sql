@@ -34,7 +34,7 @@ kept as (
 ),
 counted as (
   update clarion.jobs as j
-  set log_lines = j.log_lines + c.lines
+  set log_lines = least(j.log_lines::bigint + c.lines, 2147483647)::integer
   from (select f.id, count(*)::integer as lines from fresh as f group by f.id) as c
   where j.id = any(array[c.id])
 )

@@ -36,12 +36,13 @@ retried as (
     state = l.state,
     run_at = l.run_at,
     sort_key = l.run_at - j.priority * make_interval(secs => coalesce(q.priority_credit_seconds, 60)),
-    generation = j.generation + (l.was = 'dead')::integer,
+    generation = least(j.generation + (l.was = 'dead')::integer, 32767),
     attempt = case when l.was = 'dead' then 0 else j.attempt end,
     errors = case when l.was = 'dead' then 0 else j.errors end,
     crashes = case when l.was = 'dead' then 0 else j.crashes end,
     snoozes = case when l.was = 'dead' then 0 else j.snoozes end,
     progress = case when l.was = 'dead' then null else j.progress end,
+    log_lines = case when l.was = 'dead' then 0 else j.log_lines end,
     start_by = case when l.was = 'dead' then null else j.start_by end,
     finish_by = case
       when l.was = 'dead' then l.run_at + make_interval(secs => j.total_timeout_seconds) else j.finish_by
@@ -72,8 +73,8 @@ revived as (
     t.next_run_at - t.priority * make_interval(secs => coalesce(q.priority_credit_seconds, 60)),
     t.started_at, case when t.next_run_at > now() then 'scheduled' else 'ready' end::clarion.job_state, t.priority,
     t.max_attempts, t.timeout_seconds, t.backoff_seconds, t.backoff_cap_seconds, t.queue, t.task, t.args,
-    t.next_run_at + make_interval(secs => t.total_timeout_seconds), t.total_timeout_seconds, t.generation + 1,
-    t.log_lines, t.enqueued_by, t.error_type, t.checkpoint
+    t.next_run_at + make_interval(secs => t.total_timeout_seconds), t.total_timeout_seconds, least(t.generation + 1, 32767),
+    0, t.enqueued_by, t.error_type, t.checkpoint
   from taken_back as t
   left join clarion.queues as q on q.name = t.queue
   returning id, state, queue, generation

@@ -6,6 +6,7 @@ attempt as a heartbeat's answer would; the handler need not look at it.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class Calls:
         """Extends the lease and keeps what is given, as JSON text. Waits through weather, as long as it is held."""
         held, failures = self.held, 0
         beat = Beat(id=held.lease.id, token=held.lease.token, progress=progress, checkpoint=checkpoint)
-        while not held.ending:
+        while not (held.ending or held.finishing):
             sent = time.monotonic()
             try:
                 answer = await self._endings.beat(beat)
@@ -68,13 +69,12 @@ class Calls:
                 continue
             if answer is None:
                 held.end(EndReason.LOST)
-            elif answer.cancelled:
+                return Standing.LOST
+            if answer.cancelled:
                 held.end(EndReason.CANCELLED)
-            elif answer.extended:
-                held.valid_until = self._valid_until(sent)
-                return Standing.HELD
-            else:
-                return Standing.HELD
+                return Standing.CANCELLED
+            held.renew(answer, self._valid_until(sent), sent)
+            return Standing.HELD
         return Standing.CANCELLED if held.end_reason is EndReason.CANCELLED else Standing.LOST
 
     async def hear(self, kind: str, content: object) -> object:
@@ -85,27 +85,41 @@ class Calls:
             case "line", [str(level), str(message), dict(fields)]:
                 self.lines.add(level, message, fields)
             case "committing", _:
-                self.held.committing = True
+                await self._prepare_commit()
             case _:
                 raise ValueError(f"no handler says {kind!r}")
         return None
 
     async def complete_in(self, connection: Connection, result: object) -> None:
         """Finishes the job in an open transaction; see Context.complete_in."""
-        # From before the statement, since no heartbeat may take the row's absence after the commit for a lost lease.
+        encoded = result_to_commit(connection, result, settings=self._settings)
+        await self._prepare_commit()
+        await complete_on(connection, self.held.lease, encoded, settings=self._settings)
+
+    async def _prepare_commit(self) -> None:
+        """Stores the lines so far, while the token holds the row and nobody has locked it.
+
+        From before the completion, no heartbeat may take the row's absence after the commit for a lost lease.
+        """
+        with suppress(Unavailable):
+            await self.lines.flush()
+        self.lines.closed = True
         self.held.committing = True
-        await complete_on(connection, self.held.lease, result, settings=self._settings)
 
     def is_ending(self) -> bool:
         """Whether the handler is to end."""
         return self.held.is_ending()
 
 
-async def complete_on(connection: Connection, lease: Lease, result: object, *, settings: Settings) -> None:
-    """Finishes a job in the transaction that is open on the connection. Raises LeaseLost, UsageError, ValueError."""
+def result_to_commit(connection: Connection, result: object, *, settings: Settings) -> str | None:
+    """The result as JSON text; raises UsageError where no transaction is open, ValueError for what cannot be stored."""
     if not connection.is_in_transaction():
         raise UsageError("complete_in needs an open transaction: async with connection.transaction(): …")
-    encoded = encode_result(result, max_bytes=settings.result_max_bytes)
+    return encode_result(result, max_bytes=settings.result_max_bytes)
+
+
+async def complete_on(connection: Connection, lease: Lease, encoded: str | None, *, settings: Settings) -> None:
+    """Finishes a job in the transaction that is open on the connection; raises LeaseLost."""
     (answer,) = await Store(connection, settings).complete_jobs([Completion(lease.id, lease.token, encoded)])
     if answer.state is None:
         raise LeaseLost

@@ -28,6 +28,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import msgspec
 import structlog
 
 from clarion.execution import Completion, Lease, Snoozing
@@ -37,7 +38,7 @@ from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
 from clarion.texts import LINE_MESSAGE_MAX_CHARS, storable
 from clarion_worker.arguments import CONTEXT_PARAMETER
-from clarion_worker.calls import Connection, Standing, complete_on
+from clarion_worker.calls import Connection, Standing, complete_on, result_to_commit
 from clarion_worker.context import Context, SyncContext
 from clarion_worker.frames import (
     EXIT_SECONDS,
@@ -51,7 +52,7 @@ from clarion_worker.frames import (
     Target,
     Wire,
 )
-from clarion_worker.lines import HandlerLog
+from clarion_worker.lines import HandlerLog, fields_json
 from clarion_worker.outcomes import Cancelled, Discard, Snooze, failure
 from clarion_worker.registry import Task, Worker
 from clarion_worker.results import encode_result
@@ -92,8 +93,9 @@ class AsyncCalls:
 
     async def complete_in(self, connection: Connection, result: object) -> None:
         """Finishes the job in an open transaction."""
+        encoded = result_to_commit(connection, result, settings=self._settings)
         await asyncio.to_thread(self._channel.call, "committing", None)
-        await complete_on(connection, self._lease, result, settings=self._settings)
+        await complete_on(connection, self._lease, encoded, settings=self._settings)
 
     def is_ending(self) -> bool:
         """Whether the attempt is to end."""
@@ -105,11 +107,9 @@ def make_context(run: Run, channel: Channel, settings: Settings, *, is_async: bo
     lease = run.lease
 
     def keep(level: str, message: str, fields: dict[str, Any]) -> None:
-        line = [level, storable(message, LINE_MESSAGE_MAX_CHARS)]
-        try:
-            channel.tell("line", [*line, fields])
-        except (ValueError, RecursionError):  # what cannot be sent as it is goes as its text
-            channel.tell("line", [*line, {"fields": ascii(fields)}])
+        # Bounded here already: it is the worker's event loop that reads it.
+        bounded = msgspec.json.decode(fields_json(fields)) if fields else {}
+        channel.tell("line", [level, storable(message, LINE_MESSAGE_MAX_CHARS), bounded])
 
     handler_log = HandlerLog(log.bind(job_id=str(lease.id), task=lease.task, attempt=lease.attempt), keep)
     if is_async:

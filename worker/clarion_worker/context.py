@@ -14,6 +14,8 @@ from clarion_worker.outcomes import Cancelled
 from clarion_worker.results import encode_result
 
 CHECKPOINT_MAX_BYTES = 1_048_576
+# Longer than the runner takes to cancel an attempt that is to end.
+_CANCELLATION_SECONDS = 3.0
 
 
 class AsyncCalls(Protocol):
@@ -77,14 +79,14 @@ class Context(_Attempt):
     async def progress(self, current: float, total: float | None = None, message: str | None = None) -> None:
         """Says how far the work is: stored with the job, and the lease is extended.
 
-        Raises CancelledError when the job's cancellation was requested, LeaseLost when it is another's by now.
+        The handler is cancelled here when the job's cancellation was requested, or when it is another's by now.
         """
         await self._beat(progress_json(current, total, message), None)
 
     async def heartbeat(self, checkpoint: Any = None) -> None:
         """Extends the lease, and keeps a checkpoint for the next attempt, should this one not succeed.
 
-        Raises as `progress` does, and ValueError for a checkpoint that JSON or Postgres cannot hold.
+        Ends the handler as `progress` does; raises ValueError for a checkpoint that JSON or Postgres cannot hold.
         """
         await self._beat(None, encode_result(checkpoint, max_bytes=CHECKPOINT_MAX_BYTES))
 
@@ -92,17 +94,18 @@ class Context(_Attempt):
         """Finishes the job in your own transaction, on an asyncpg connection to the same database.
 
         What the transaction writes then happens exactly once: it and the completion are committed together, or neither
-        is. Return after the commit; the handler's own return value is not used. Raises LeaseLost when the job is
-        another's by now, and the transaction must be given up; UsageError when none is open.
+        is. Return after the commit; the handler's own return value is not used, and what it logs from here on is not
+        kept with the job. Raises LeaseLost when the job is another's by now, and the transaction must be given up;
+        UsageError when none is open.
         """
         await self._calls.complete_in(connection, result)
 
     async def _beat(self, progress: str | None, checkpoint: str | None) -> None:
         standing = await self._calls.beat(progress, checkpoint)
-        if standing is Standing.CANCELLED:
-            raise asyncio.CancelledError
-        if standing is Standing.LOST:
-            raise LeaseLost
+        if standing is not Standing.HELD:
+            # The attempt is being ended: its one cancellation arrives here, unless this is a task it has left behind.
+            await asyncio.sleep(_CANCELLATION_SECONDS)
+            raise asyncio.CancelledError if standing is Standing.CANCELLED else LeaseLost
 
 
 class SyncContext(_Attempt):

@@ -1,11 +1,13 @@
 """Records outcomes: coalesced into sets, repeated through any weather, fenced by the token."""
 
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from uuid import UUID
 
 import anyio
 import structlog
 
+from clarion.db import Locked
 from clarion.endings import Ending, Endings, unstorable
 from clarion.errors import Unavailable, Unstorable
 from clarion.events import Event
@@ -16,8 +18,12 @@ from clarion.loops import backoff_seconds
 log = structlog.get_logger()
 
 
-# Looks, after a handler has finished its job in a transaction of its own, whether that was committed.
-Confirm = Callable[[Sequence[Release]], Awaitable[set[UUID]]]
+# Looks, after a handler has finished its job in a transaction of its own, whether that was committed: states by token.
+Confirm = Callable[[Sequence[Release]], Awaitable[Mapping[UUID, str]]]
+
+
+# A handler that used complete_in and left its transaction open keeps its slot no longer than this.
+_LEFT_OPEN_SECONDS = 10.0
 
 
 class Finisher:
@@ -44,14 +50,23 @@ class Finisher:
                 error_message="the handler used complete_in, and its transaction was not committed",
             )
 
-        async def look(_outcome: Ending) -> str | None:
-            if await self._confirm([Release(lease.id, lease.token)]):
+        async def look(outcome: Ending) -> str | None:
+            endings = await self._confirm([Release(lease.id, lease.token)])
+            if endings.get(lease.token) == JobState.SUCCEEDED:
                 return JobState.SUCCEEDED
-            return None if otherwise is None else await self._submit(otherwise)
+            return None if otherwise is None else await self._submit(outcome)
 
-        return await self._say(otherwise or Release(lease.id, lease.token), look)
+        give_up_at = anyio.current_time() + _LEFT_OPEN_SECONDS
+        return await self._say(otherwise or Release(lease.id, lease.token), look, give_up_at=give_up_at)
 
-    async def _say(self, outcome: Ending, submit: Callable[[Ending], Awaitable[str | None]]) -> str | None:
+    async def _say(
+        self,
+        outcome: Ending,
+        submit: Callable[[Ending], Awaitable[str | None]],
+        *,
+        give_up_at: float = math.inf,
+    ) -> str | None:
+        """Says it until there is an answer; gives up at `give_up_at` on a row that somebody keeps locked."""
         failures, substituted = 0, False
         while True:
             try:
@@ -62,6 +77,9 @@ class Finisher:
                     return None  # the lease runs out, and the reaper deals with the row
                 outcome, substituted = unstorable(outcome, str(error)), True
             except Unavailable as error:
+                if isinstance(error, Locked) and anyio.current_time() >= give_up_at:
+                    log.warning(Event.OUTCOME_ABANDONED, job_id=str(outcome.id), error=str(error))
+                    return None  # when the transaction ends, so does the lease, or the job
                 failures += 1
                 if failures == 1:
                     log.warning(Event.OUTCOME_RETRIED, job_id=str(outcome.id), error=str(error))

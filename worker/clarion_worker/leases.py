@@ -22,7 +22,7 @@ import structlog
 from clarion.db import DedicatedDatabase
 from clarion.errors import Unavailable
 from clarion.events import Event
-from clarion.execution import Beat, Directive, Lease, WorkerRecord
+from clarion.execution import Beat, Directive, Heartbeat, Lease, WorkerRecord
 from clarion.loops import Signal
 from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
@@ -61,6 +61,16 @@ class Held:
         self.in_thread = False  # the handler sits in a thread, where no cancellation reaches it
         self.committing = False  # the handler finishes the job in a transaction of its own
         self.finishing = False  # the outcome is known, and being recorded
+
+    def renew(self, answer: Heartbeat, valid_until: float, sent: float) -> None:
+        """Trusts the lease for as long as the answer to a beat says, and no longer than its margin allows.
+
+        A row that is locked is not extended; but where its own handler has locked it, nobody else can take it either.
+        """
+        if answer.extended:
+            self.valid_until = max(self.valid_until, min(valid_until, sent + answer.lease_seconds))
+        elif self.committing:
+            self.valid_until = max(self.valid_until, valid_until)
 
     def end(self, reason: EndReason) -> None:
         """Asks for the handler's end; the first reason stands. Nothing, once the outcome is known."""
@@ -227,8 +237,8 @@ class Heartbeats:
                 item = held.pop(answer.token)
                 if answer.cancelled:
                     cancelled.append(item)
-                elif answer.extended:
-                    item.valid_until = max(item.valid_until, self._leases.valid_until(sent))
+                else:
+                    item.renew(answer, self._leases.valid_until(sent), sent)
             main_loop.call_soon_threadsafe(self._leases.cancel, cancelled)
             main_loop.call_soon_threadsafe(self._leases.lose, list(held.values()))
         if await store.record_worker(self._describe()) is Directive.DRAIN:

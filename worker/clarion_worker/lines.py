@@ -4,10 +4,11 @@ Lines go to the database in sets, a moment after they were said and at the lates
 its token holds nothing any more. They are numbered, so that a call whose answer was lost can be repeated.
 """
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from typing import Any
+from uuid import UUID
 
 import anyio
 import msgspec
@@ -25,7 +26,6 @@ log = structlog.get_logger()
 
 _CALL_MAX_LINES = 500
 _FLUSH_SECONDS = 0.25
-# Less than the grace of a handler that was told to end: its last lines are not to make it count as stuck.
 _CLOSE_SECONDS = 1.5
 
 
@@ -43,7 +43,13 @@ class Lines:
         self._numbers = count(1)
         self._waiting: list[LogLine] = []
         self._unsaid = 0
+        self.closed = False  # the token is about to hold nothing any more
         self._flushing = anyio.Lock()
+
+    @property
+    def job_id(self) -> UUID:
+        """Whose lines they are."""
+        return self._lease.id
 
     @property
     def waiting(self) -> bool:
@@ -52,6 +58,8 @@ class Lines:
 
     def add(self, level: str, message: str, fields: dict[str, Any]) -> None:
         """Takes a line; from any thread. Those beyond the limit are only counted."""
+        if self.closed:
+            return
         n = next(self._numbers)
         if n >= self._lines_max:  # the last place is for saying so
             self._unsaid += 1
@@ -63,7 +71,7 @@ class Lines:
                 n=n,
                 level=level,
                 message=storable(message, LINE_MESSAGE_MAX_CHARS),
-                fields=_fields_json(fields) if fields else None,
+                fields=fields_json(fields) if fields else None,
             )
         )
 
@@ -80,6 +88,7 @@ class Lines:
 
     async def close(self) -> None:
         """Stores the last lines, if the database answers now: an attempt's end does not wait for them."""
+        self.closed = True
         if self._unsaid:
             self._waiting.append(
                 LogLine(
@@ -104,17 +113,18 @@ class LineKeeper:
         self._open: set[Lines] = set()
         self._opened = Signal()
 
-    @asynccontextmanager
-    async def keeping(self, lines: Lines) -> AsyncIterator[None]:
-        """Keeps the lines of an attempt while the block runs, and stores the last of them at its end."""
+    def open(self, lines: Lines) -> None:
+        """Keeps the lines of an attempt from now on."""
         self._open.add(lines)
         self._opened.set()
-        try:
-            yield
-        finally:
-            self._open.remove(lines)
-            with anyio.move_on_after(_CLOSE_SECONDS):
-                await lines.close()
+
+    async def close(self, lines: Lines) -> None:
+        """Stores the last of them; the outcome, which is known by now, waits a moment for that and no longer."""
+        self._open.discard(lines)
+        with anyio.move_on_after(_CLOSE_SECONDS) as scope:
+            await lines.close()
+        if scope.cancelled_caught:
+            log.warning(Event.LINES_DROPPED, job_id=str(lines.job_id), error="the database does not answer")
 
     async def step(self) -> float:
         """Stores what was said since the last step. Weather is waited out at the next."""
@@ -122,7 +132,7 @@ class LineKeeper:
             await self._opened.wait()
         async with anyio.create_task_group() as group:
             for lines in self._open:
-                if lines.waiting:
+                if lines.waiting and not lines.closed:
                     group.start_soon(_flush, lines)
         return _FLUSH_SECONDS
 
@@ -144,37 +154,38 @@ class HandlerLog:
         """A log whose lines all carry these fields."""
         return HandlerLog(self._bound.bind(**fields), self._keep, self._fields | fields)
 
-    def debug(self, message: str, /, *args: Any, **fields: Any) -> None:
+    def debug(self, message: object, /, *args: Any, **fields: Any) -> None:
         """Details."""
         self._say("debug", message, args, fields)
 
-    def info(self, message: str, /, *args: Any, **fields: Any) -> None:
+    def info(self, message: object, /, *args: Any, **fields: Any) -> None:
         """What is worth knowing."""
         self._say("info", message, args, fields)
 
-    def warning(self, message: str, /, *args: Any, **fields: Any) -> None:
+    def warning(self, message: object, /, *args: Any, **fields: Any) -> None:
         """What may be wrong."""
         self._say("warning", message, args, fields)
 
-    def error(self, message: str, /, *args: Any, **fields: Any) -> None:
+    def error(self, message: object, /, *args: Any, **fields: Any) -> None:
         """What is wrong."""
         self._say("error", message, args, fields)
 
-    def exception(self, message: str, /, *args: Any, **fields: Any) -> None:
+    def exception(self, message: object, /, *args: Any, **fields: Any) -> None:
         """What is wrong, with the traceback of the exception that is being handled."""
         self._say("error", message, args, {"exc_info": True} | fields)
 
-    def _say(self, level: str, message: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
+    def _say(self, level: str, message: object, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
         getattr(self._bound, level)(message, *args, **fields)
         if self._bound.is_enabled_for(_LEVELS[level]):
             event = structlog.processors.format_exc_info(None, level, {**self._fields, **fields})
-            self._keep(level, message % args if args else message, dict(event))
+            text = message if isinstance(message, str) else str(message)
+            self._keep(level, text % args if args else text, dict(event))
 
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-def _fields_json(fields: dict[str, Any]) -> str:
+def fields_json(fields: dict[str, Any]) -> str:
     """The fields as JSON that Postgres will keep; cut down to their texts where they are too large or no JSON."""
     try:
         encoded = msgspec.json.encode(fields, enc_hook=repr)

@@ -159,7 +159,7 @@ class _Child:
         try:
             header = await self._reader.readexactly(HEADER_BYTES)
             return TO_WORKER.decode(await self._reader.readexactly(body_bytes(header)))
-        except (EOFError, OSError, ValueError):
+        except (EOFError, OSError, ValueError, RecursionError):
             return None
 
     async def _hear(self, message: ToWorker) -> None:

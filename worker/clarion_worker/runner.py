@@ -77,9 +77,10 @@ class Runner:
         if held.ending:
             return _ended(held)
         if lease.id in self._stuck.values():
-            return Snoozing(lease.id, lease.token, _STUCK_RETRY_SECONDS)
+            return Snoozing(lease.id, lease.token, _STUCK_RETRY_SECONDS, counted=False)
         # Not in a task group: one could not let go of a handler that is stuck.
-        task = asyncio.create_task(self._attempt(held), name=f"{lease.task} {lease.id}")
+        calls = self._calls(held)
+        task = asyncio.create_task(self._attempt(held, calls), name=f"{lease.task} {lease.id}")
         task.add_done_callback(lambda _: held.changed.set())
         try:
             with anyio.move_on_after(lease.timeout_seconds):
@@ -90,7 +91,20 @@ class Runner:
         except BaseException:
             task.cancel()  # this worker itself is cancelled
             raise
-        return self._outcome(held, task)
+        outcome = self._outcome(held, task)
+        if calls is not None:
+            held.finishing = True  # what is told to an attempt whose outcome is known comes too late
+            await self._equipment.keeper.close(calls.lines)
+        return outcome
+
+    def _calls(self, held: Held) -> Calls | None:
+        """The calls of an attempt that may make some."""
+        task = self._equipment.tasks[held.lease.task]
+        if task.runs_in != "process" and not task.arguments.wants_context:
+            return None
+        calls = Calls(held, self._equipment.endings, self._settings, valid_until=self._leases.valid_until)
+        self._equipment.keeper.open(calls.lines)
+        return calls
 
     def _outcome(self, held: Held, task: asyncio.Task[Outcome]) -> Outcome:
         if not task.done():
@@ -104,15 +118,11 @@ class Runner:
         # returned a result all the same succeeded: the result came first.
         return _ended(held) if held.ending and isinstance(outcome, Failure) else outcome
 
-    async def _attempt(self, held: Held) -> Outcome:
+    async def _attempt(self, held: Held, calls: Calls | None) -> Outcome:
         task = self._equipment.tasks[held.lease.task]
-        if task.runs_in != "process" and not task.arguments.wants_context:
-            return await self._call(held, task, None)
-        calls = Calls(held, self._equipment.endings, self._settings, valid_until=self._leases.valid_until)
-        async with self._equipment.keeper.keeping(calls.lines):
-            if task.runs_in == "process":
-                return await self._attempt_in_process(held, calls)
-            return await self._call(held, task, calls)
+        if calls is not None and task.runs_in == "process":
+            return await self._attempt_in_process(held, calls)
+        return await self._call(held, task, calls)
 
     async def _call(self, held: Held, task: Task[..., Any], calls: Calls | None) -> Outcome:
         lease = held.lease
@@ -157,8 +167,10 @@ class Runner:
         if task.is_async:
             return await task.handler(**arguments)
         held.in_thread = True
-        result = await anyio.to_thread.run_sync(partial(task.handler, **arguments), limiter=self._threads)
-        held.in_thread = False
+        try:
+            result = await anyio.to_thread.run_sync(partial(task.handler, **arguments), limiter=self._threads)
+        finally:
+            held.in_thread = False
         return await result if inspect.isawaitable(result) else result
 
     def _leave_behind(self, held: Held, task: asyncio.Task[Outcome]) -> None:

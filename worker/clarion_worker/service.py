@@ -90,7 +90,7 @@ class WorkerService:
     async def _work(self, store: Store, processes: Processes, states: Mapping[Lifespan, Any]) -> None:
         ringer = Ringer(store, self._settings)
         endings = Endings(store, ringer, buffer_max=2 * self._settings.concurrency + 100)
-        finisher = Finisher(endings, store.find_completions)
+        finisher = Finisher(endings, store.find_endings)
         keeper = LineKeeper()
         claimer = self._claimer(store)
         heartbeats = Heartbeats(self._leases, self._settings, self._describe, on_drain=self._stop.set)

@@ -41,8 +41,7 @@ const worker = randomUUID(); // fresh in each process: nobody else can hold what
 const jobs = new Map(); // token → job, from its claim until the server knows its outcome
 const now = () => performance.now(); // monotonic: setting the clock costs no lease
 const say = (...words) => console.error(new Date().toISOString(), ...words);
-let beatAt = now() + IDLE_BEAT_MS;
-let draining = false;
+let [beatAt, draining] = [now() + IDLE_BEAT_MS, false];
 let poll; // aborts the claim that is under way
 
 // Posts JSON and reads the whole answer. Throws where the same request should be sent again later: the server is away
@@ -155,7 +154,8 @@ async function claim(max) {
     say(`claim: HTTP ${answer.status} ${answer.text}`); // a wrong token or queue: repeating helps nobody
     process.exit(1);
   }
-  if (answer.status === 204 && now() - asked < 1000) throw new Error("the server does not wait"); // never spin
+  if (answer.body.directive === "drain") drain();
+  if (!answer.body.leases?.length && now() - asked < 1000) throw new Error("the server does not wait"); // never spin
   const since = asked + (answer.body.waited ?? 0) * 1000; // the leases began no earlier
   for (const given of answer.body.leases ?? []) {
     const job = { ...given, controller: new AbortController(), lines: 0, expiresAt: since + given.lease * 1000 };

@@ -7,7 +7,6 @@
 # CLARION_QUEUES         queues to work on, comma-separated; default: default
 # CLARION_LEASE          how long a claim holds a job without a heartbeat; default: 30s
 # CLARION_DRAIN_SECONDS  time that a running job gets after SIGTERM before it is handed back; default: 20
-#
 # Limits: Linux (the clock is /proc/uptime), bash 4.4, curl 7.71. JSON is read a character at a time: keep arguments
 # under a megabyte. systemd has to stop it with KillMode=mixed, so that its children get no signal of their own.
 set -meuo pipefail # -m: what starts in the background leads a group, and is ended with all its children
@@ -72,7 +71,7 @@ json_of() {
 }
 
 log() { printf '%(%FT%T%z)T %s\n' -1 "$*" >&2; }
-ms_of() { printf '%.0f' "${1}e3"; }
+ms_of() { printf '%.0f' "${1:-0}e3"; }
 clock() { read -r now _ </proc/uptime; now=$((10#${now/./} * 10)); } # sets `now`, in ms; nobody can set this clock
 is_alive() { kill -0 "$1" 2>/dev/null; }
 end() { kill "-$1" -- "-$2" 2>/dev/null || true; }
@@ -103,6 +102,8 @@ post() {
   status=$(cat "$dir/status" 2>/dev/null || true) answer=$(<"$dir/answer")
 }
 
+obey() { if [[ $(member directive <<<"$answer") == '"drain"' ]]; then stopping=${stopping:-directive}; fi; }
+
 # Renews the lease, or without one says "I am alive"; sets `verdict` where the job is to end early.
 heartbeat() {
   local sent=$now held=${job[token]:+"{\"token\": ${job[token]}}"}
@@ -110,7 +111,7 @@ heartbeat() {
     --max-time $(((third < expires_at - now ? third : expires_at - now) / 1000 + 1))
   clock
   beat_at=$((now + third / 4)) # without an answer, or where the row was busy
-  if [[ $(member directive <<<"$answer") == '"drain"' ]]; then stopping=${stopping:-directive}; fi
+  obey
   case $(member status 3 <<<"$answer") in
     '"extended"') beat_at=$((sent + third)) expires_at=$((sent + $(ms_of "$(member lease 3 <<<"$answer")"))) ;;
     '"cancel"') verdict=release ;;
@@ -132,7 +133,7 @@ report() {
 run() {
   local depth name value text verdict=''
   while IFS=$'\t' read -r depth name value; do [[ $depth != 3 ]] || job[$name]=$value; done < <(member <<<"$answer")
-  [[ ${job[token]:-} ]] || return 0
+  if [[ ! ${job[token]:-} ]]; then log "no lease: $answer" && { [[ $stopping ]] || pause 1; } && return 0; fi
   third=$(($(ms_of "${job[lease]}") / 3)) drain_at=$never timeout_at=$never
   clock && rm -f "$dir/end"
   asked=$((asked + $(ms_of "$(member waited 1 <<<"$answer")"))) # the lease began no earlier
@@ -173,7 +174,7 @@ work() {
     post /v1/leases "$claim" --max-time 45
     polling=''
     case $status in
-      200) run ;;
+      200) obey && run ;;
       204) heartbeat && if ((now - asked < 1000)); then pause 1; fi ;; # it may be told to drain; and it never spins
       '' | 408 | 429 | 5??) if [[ ! $stopping ]]; then pause 1.$((RANDOM % 1000)); fi ;;
       *) log "claim: HTTP $status $answer" && return 1 ;; # a wrong token or queue: repeating helps nobody
@@ -192,8 +193,7 @@ dir=$(mktemp -d) && trap 'rm -r -- "$dir"' EXIT
 mkfifo "$dir/bell" && exec {bell}<>"$dir/bell"
 auth=${CLARION_API_TOKEN:+"authorization: Bearer $CLARION_API_TOKEN"}
 printf '%s\n' 'content-type: application/json' "$auth" >"$dir/headers"
-log "$who at $url"
-work &
+log "$who at $url"; work &
 trap 'echo stop >&"$bell"' TERM INT
 while is_alive $!; do wait $! || true; done # here a trap runs at once, and bash is in the middle of nothing
 [[ -e $dir/finished ]]

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp
 from clarion.api.access import Permission
 from clarion.api.decoding import Nothing
 from clarion.api.lease_answers import CompletedOut, EndedOut
-from clarion.api.lease_bodies import TextOperation
+from clarion.api.lease_bodies import LeaseOperation, TextOperation, lease_of
 from clarion.api.lease_forms import CompleteIn, FailIn, SnoozeIn
-from clarion.api.leases import lease_of, lost
-from clarion.api.operation import Call, Operation, Reply
+from clarion.api.leases import lost
+from clarion.api.operation import Call, Reply
 from clarion.api.representations import raw
 from clarion.api.requests import idempotency_key
 from clarion.api.services import Services
@@ -89,7 +89,7 @@ async def _bury(services: Services, job_id: UUID, token: UUID, errors: Sequence[
     return ResultUnstorable(f"{reason}; the job is {ended.state}", errors=errors)
 
 
-class Completing(Operation[CompleteIn, Nothing], frozen=True, kw_only=True):
+class Completing(LeaseOperation[CompleteIn, Nothing], frozen=True, kw_only=True):
     """`complete`: a result that is refused is an outcome all the same, and ends the job."""
 
     async def answer(self, request: Request, services: Services) -> ASGIApp:
@@ -134,7 +134,7 @@ OPERATIONS = (
         responds=EndedOut,
         problems=_PROBLEMS,
     ),
-    Operation(
+    LeaseOperation(
         method="POST",
         path="/v1/leases/{token}/snooze",
         summary="Postpone a job",
@@ -145,7 +145,7 @@ OPERATIONS = (
         responds=EndedOut,
         problems=_PROBLEMS,
     ),
-    Operation(
+    LeaseOperation(
         method="POST",
         path="/v1/leases/{token}/release",
         summary="Hand a job back unfinished",

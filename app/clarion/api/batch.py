@@ -46,7 +46,7 @@ async def stream_jobs(call: Call[Nothing, Nothing]) -> ASGIApp:
     try:
         intake = Intake(call, spool, header_key)
         line_max_bytes = call.services.settings.body_max_bytes
-        async with aclosing(read_lines(call.request.receive, line_max_bytes)) as lines:
+        async with aclosing(read_lines(call.request.receive, line_max_bytes, call.share)) as lines:
             async for line in lines:
                 await intake.take(line)
         await intake.flush()

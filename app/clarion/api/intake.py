@@ -79,12 +79,14 @@ class Intake:
         jobs = [item for _, item in chunk if isinstance(item, NewJob)]
         answers = map(_checked, jobs, await self._enqueue(jobs))
         lines = [(line, item if isinstance(item, ClarionError) else next(answers)) for line, item in chunk]
+        self._call.share.give_back()
         await self._spool.write(b"".join(self._encode(line, answer) for line, answer in lines))
 
     async def _decode(self, line: bytes | None) -> NewJob | ClarionError:
         try:
             if line is None:
                 raise TooLarge(f"the line is over {self._call.services.settings.body_max_bytes} bytes")
+            self._call.share.take(len(line))
             job = await decode_body(line, JobIn)
             key = job.idempotency_key or derived_key(self._header_key, self._place)
             [new] = await new_jobs([Keyed(job, key)], self._call.actor)

@@ -9,17 +9,21 @@ from msgspec import Raw
 
 from clarion.api.lease_tokens import encode_lease_token
 from clarion.api.representations import raw
-from clarion.execution import Heartbeat, Lease
+from clarion.execution import Directive, Heartbeat, Lease
 from clarion.job import JobState
 
 
 class LeaseStatus(StrEnum):
-    """What became of a lease; `unchanged`: its row was busy at that moment, and it is still held."""
+    """What became of a lease; `unchanged`: its row was busy at that moment, and it is still held.
+
+    `ended` is said to a call that came late: its own worker has ended the attempt.
+    """
 
     EXTENDED = "extended"
     UNCHANGED = "unchanged"
     CANCEL = "cancel"
     LOST = "lost"
+    ENDED = "ended"
 
 
 class LeaseOut(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,11 +52,12 @@ class LeasesOut(msgspec.Struct, frozen=True):
     """What a claim took, in the order of the line.
 
     `waited` is how many seconds the request waited before it took them: so much after it was sent, at the earliest, did
-    the leases begin.
+    the leases begin. The directive is `ok`; or `drain`, and then there are no leases.
     """
 
     leases: list[LeaseOut]
     waited: float
+    directive: Directive
 
 
 class BeatOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

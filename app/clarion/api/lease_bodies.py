@@ -9,15 +9,16 @@ import re
 from collections.abc import Callable, Mapping
 from uuid import UUID
 
+import anyio.to_thread
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from clarion.api.decoding import decode_body
 from clarion.api.lease_tokens import decode_lease_token
 from clarion.api.operation import BodyT, Operation, QueryT
-from clarion.api.payload import DEPTH_MAX
 from clarion.api.services import Services
 from clarion.errors import Invalid, NotFound
+from clarion.payload import DEPTH_MAX
 
 # Stands in a checkpoint for half a pair, and is refused like it.
 HALF_A_PAIR = rb"\u0000\ufffd"
@@ -32,7 +33,10 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]|[^"\[\]{}]++', re.DOTAL
 
 
 class LeaseOperation(Operation[BodyT, QueryT], frozen=True, kw_only=True):
-    """An operation on the lease that its path names; a body that is refused is read once more as `mended`, if at all."""
+    """An operation on leases; where its path names one, that is looked at first.
+
+    A body that is refused is read once more as `mended`, where that changes it.
+    """
 
     mended: Callable[[bytes], bytes] | None = None
 
@@ -46,7 +50,9 @@ class LeaseOperation(Operation[BodyT, QueryT], frozen=True, kw_only=True):
         try:
             return await decode_body(body, self.body)
         except Invalid as error:
-            mended = body if self.mended is None else self.mended(body)
+            if self.mended is None:
+                raise
+            mended = await anyio.to_thread.run_sync(self.mended, body)
             if mended == body:
                 raise
             try:
@@ -83,7 +89,7 @@ def mended_progress(body: bytes) -> bytes:
 
 
 def mended_heartbeat(body: bytes) -> bytes:
-    """The body with checkpoints that can be decoded, and are still refused: halves marked, and what lies too deep gone."""
+    """Checkpoints as they can be decoded, and are refused all the same: halves marked, what lies too deep left out."""
     return _shallow(whole_characters(body, HALF_A_PAIR))
 
 

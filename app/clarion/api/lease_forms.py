@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from clarion import texts
 from clarion.api.decoding import Form, below, decode
+from clarion.api.lease_bodies import HALF_A_PAIR
 from clarion.api.lease_tokens import decode_lease_token
 from clarion.api.schemas import Duration, Name
 from clarion.claims import Ask
@@ -27,6 +28,8 @@ from clarion.texts import LINE_FIELDS_MAX_BYTES, LINE_MESSAGE_MAX_CHARS, PROGRES
 CLAIM_MAX_JOBS = 1_000
 HEARTBEAT_MAX_LEASES = 1_000
 LOG_CALL_MAX_LINES = 1_000
+CHECKPOINT_MAX_BYTES = 1_048_576
+_HAS_HALF_A_PAIR = "holds half a surrogate pair, which is no character"
 WAIT_MAX_SECONDS = 30.0
 _QUEUES_MAX = 100
 _TASKS_MAX = 1_000
@@ -109,9 +112,9 @@ class HeartbeatIn(Form, frozen=True, kw_only=True):
         refused: dict[str, str] = {}
         lease_seconds = _seconds(self, "lease")
         for held in self.leases:
-            fault = finder.in_value(bytes(held.checkpoint)) if held.checkpoint is not UNSET else None
+            fault = _checkpoint_fault(bytes(held.checkpoint), finder) if held.checkpoint is not UNSET else None
             if fault:
-                refused[held.token] = f"checkpoint{fault.pointer} {fault.detail}"
+                refused[held.token] = f"checkpoint{fault}"
             try:
                 job_id, token = decode_lease_token(held.token)
             except ValueError:
@@ -273,6 +276,16 @@ class LogsIn(Form, frozen=True, kw_only=True):
         for index, line in enumerate(self.lines):
             for error in line.broken_rules(finder):
                 yield below(f"/lines/{index}", error)
+
+
+def _checkpoint_fault(raw: bytes, finder: FaultFinder) -> str | None:
+    """Where and why a checkpoint is refused, if it is."""
+    if len(raw) > CHECKPOINT_MAX_BYTES:
+        return f" has {len(raw)} bytes, more than the {CHECKPOINT_MAX_BYTES} allowed"
+    fault = finder.in_value(raw)
+    if fault is None:
+        return None
+    return f"{fault.pointer} {_HAS_HALF_A_PAIR if HALF_A_PAIR in raw else fault.detail}"
 
 
 def _text(value: Raw | UnsetType) -> str | None:

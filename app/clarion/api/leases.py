@@ -1,21 +1,25 @@
 """Leases over HTTP: claiming jobs, and keeping them while they run. How attempts end is in `attempt_ends`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from uuid import UUID
 
 import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import structlog
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from clarion.api.access import Permission
-from clarion.api.decoding import Nothing
+from clarion.api.decoding import INLINE_MAX_BYTES, Nothing
 from clarion.api.lease_answers import (
     BeatOut,
     HeartbeatOut,
     LeasesOut,
+    LeaseStatus,
     LogsOut,
     ProgressOut,
     beat_out,
@@ -23,16 +27,15 @@ from clarion.api.lease_answers import (
     lease_out,
     status_of,
 )
-from clarion.api.lease_bodies import TextOperation
+from clarion.api.lease_bodies import LeaseOperation, TextOperation, lease_of, mended_heartbeat, mended_progress
 from clarion.api.lease_forms import HeartbeatIn, LeasesIn, LogsIn, ProgressIn
-from clarion.api.lease_tokens import decode_lease_token
 from clarion.api.operation import Call, Operation, Reply
 from clarion.api.requests import disconnected
 from clarion.api.services import Services
 from clarion.claims import Ask
 from clarion.errors import ClarionError, LeaseLost, NotFound, Overloaded, Unavailable, Unstorable
 from clarion.events import Event
-from clarion.execution import Lease, Release, WorkerRecord
+from clarion.execution import Directive, Lease, Release, WorkerRecord
 from clarion.payload import FaultFinder
 from clarion.texts import storable
 
@@ -40,26 +43,32 @@ log = structlog.get_logger()
 
 _NAME_MAX_CHARS = 200
 _VERSION = "http"
+# A client that has hung up is noticed so many turns of the event loop later: its end is read, its connection closed,
+# `receive` woken, and who waits for that.
+_LAST_LOOK_TURNS = 4
 
 
 async def take_leases(call: Call[LeasesIn, Nothing]) -> Reply | ASGIApp:
-    """Claims jobs; with `wait`, as soon as there are any."""
+    """Claims jobs; with `wait`, as soon as there are any. A worker that is to drain gets none."""
     services, body = call.services, call.body
     ask = body.to_ask(lease_seconds=services.settings.lease_seconds)
-    await services.roster.note_claim(
+    directive = await services.roster.note_claim(
         _record(ask.worker_id, body.name, queues=ask.queues, tasks=sorted(ask.tasks or ()), concurrency=ask.jobs_max)
     )
+    if directive is Directive.DRAIN:
+        return Reply(LeasesOut([], 0, directive))
     leases, waited = await _claim(call, ask)
     if not leases:
         return Response(status_code=204)
     given = [lease_out(lease, lease_seconds=ask.lease_seconds) for lease in leases]
-    return Reply(LeasesOut(given, round(waited, 3)))
+    return Reply(LeasesOut(given, round(waited, 3), directive))
 
 
 async def heartbeat(call: Call[HeartbeatIn, Nothing]) -> Reply:
     """Extends leases, in one statement; says which are lost or to be ended, and whether the worker is to stop."""
     services, body = call.services, call.body
-    beats, refused = body.to_beats(FaultFinder())
+    judge = partial(body.to_beats, FaultFinder())
+    beats, refused = judge() if call.share.held_bytes <= INLINE_MAX_BYTES else await anyio.to_thread.run_sync(judge)
     answers = await services.store.heartbeat_jobs(list(beats.values())) if beats else []
     held = {answer.token: answer for answer in answers}
     lost = [beat.id for beat in beats.values() if beat.token not in held]
@@ -79,6 +88,8 @@ async def progress(call: Call[ProgressIn, Nothing]) -> Reply:
     job_id, token = lease_of(call.path)
     held = await call.services.endings.beat(call.body.to_beat(job_id, token))
     if held is None:
+        if await _has_ended(call.services, job_id, token):
+            return Reply(ProgressOut(LeaseStatus.ENDED, None))
         raise await lost(call.services, job_id)
     return Reply(ProgressOut(status_of(held), lease_left(held)))
 
@@ -88,22 +99,19 @@ async def keep_logs(call: Call[LogsIn, Nothing]) -> Reply:
     job_id, token = lease_of(call.path)
     lines = [line.to_line(job_id, token) for line in call.body.lines]
     kept = await call.services.endings.log(lines)
-    if None in kept:
+    if None in kept and not await _has_ended(call.services, job_id, token):
         raise await lost(call.services, job_id)
-    return Reply(LogsOut(kept.count(True), kept.count(False)))
-
-
-def lease_of(path: Mapping[str, str]) -> tuple[UUID, UUID]:
-    """The job's id and the lease token that a path names; raises NotFound for a text that is no token."""
-    try:
-        return decode_lease_token(path["token"])
-    except ValueError:
-        raise NotFound("there is no such lease: this is not a token that a claim answered with") from None
+    return Reply(LogsOut(kept.count(True), len(kept) - kept.count(True)))
 
 
 async def lost(services: Services, job_id: UUID) -> LeaseLost:
     """The problem of a token that does not hold its job any more, with what the job is now."""
     return LeaseLost(state=(await services.store.find_states([job_id])).get(job_id))
+
+
+async def _has_ended(services: Services, job_id: UUID, token: UUID) -> bool:
+    """Whether the token's own worker has ended the attempt: what it said before may arrive after, or once more."""
+    return bool(await services.store.find_endings([Release(job_id, token)]))
 
 
 async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], float]:
@@ -130,6 +138,8 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], 
         group.start_soon(watch_client, group.cancel_scope)
         try:
             leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds, looking=looking)
+            for _ in range(_LAST_LOOK_TURNS if leases else 0):
+                await anyio.lowlevel.checkpoint()
         except ClarionError as error:  # told outside of the group, which would wrap it
             failure = error
         group.cancel_scope.cancel()
@@ -187,24 +197,27 @@ OPERATIONS = (
         responds=LeasesOut,
         problems=(Unavailable, Overloaded),
     ),
-    Operation(
+    LeaseOperation(
         method="POST",
         path="/v1/leases/heartbeat",
         summary="Keep leases, and hear of those that are to end",
         handler=heartbeat,
         permission=Permission.WORK,
         body=HeartbeatIn,
+        body_max_bytes=attrgetter("batch_body_max_bytes"),
+        mended=mended_heartbeat,
         query=Nothing,
         responds=HeartbeatOut,
         problems=(Unavailable, Overloaded),
     ),
-    Operation(
+    LeaseOperation(
         method="POST",
         path="/v1/leases/{token}/progress",
         summary="Say how far a job has come, and leave a checkpoint",
         handler=progress,
         permission=Permission.WORK,
         body=ProgressIn,
+        mended=mended_progress,
         body_optional=True,
         query=Nothing,
         responds=ProgressOut,

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from clarion.api.access import Permission
 from clarion.api.decoding import Form, Nothing, decode_body, decode_query
 from clarion.api.problems import problem_response
-from clarion.api.requests import JSON, media_type_of, read_body, unsupported
+from clarion.api.requests import JSON, Share, media_type_of, read_body, unsupported
 from clarion.api.services import Services
 from clarion.errors import (
     ClarionError,
@@ -31,9 +31,11 @@ from clarion.errors import (
     Malformed,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     RequestTimeout,
     TooLarge,
     Unauthenticated,
+    Unavailable,
     UnsupportedMediaType,
 )
 from clarion.settings import Settings
@@ -46,13 +48,17 @@ QueryT = TypeVar("QueryT", bound=Form)
 
 
 class Call(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=True):
-    """A request whose body and query have been decoded; `path` holds the route's parameters."""
+    """A request whose body and query have been decoded; `path` holds the route's parameters.
+
+    `share` counts what is held of its body.
+    """
 
     services: Services
     request: Request
     body: BodyT
     query: QueryT
     path: Mapping[str, str]
+    share: Share
 
     @property
     def actor(self) -> str:
@@ -109,30 +115,36 @@ class Operation(msgspec.Struct, Generic[BodyT, QueryT], frozen=True, kw_only=Tru
         """Every error that a caller of this operation can meet on purpose."""
         implied: list[type[ClarionError]] = [Invalid]
         implied += [Unauthenticated, Forbidden] if self.permission else []
-        implied += [Malformed, TooLarge, UnsupportedMediaType, RequestTimeout] if self.takes_body else []
+        if self.takes_body:
+            implied += [Malformed, TooLarge, UnsupportedMediaType, RequestTimeout, Unavailable, Overloaded]
         return tuple(dict.fromkeys((*implied, *self.problems)))
 
     async def answer(self, request: Request, services: Services) -> ASGIApp:
         """Decodes the request, handles it and encodes the reply."""
-        call = Call(
-            services=services,
-            request=request,
-            query=decode_query(request.scope["query_string"], self.query),
-            body=await self._decoded_body(request, services.settings),
-            path=request.path_params,
-        )
-        reply = await self.handler(call)
+        with services.bodies.share() as share:
+            call = Call(
+                services=services,
+                request=request,
+                query=decode_query(request.scope["query_string"], self.query),
+                body=await self._decoded_body(request, services.settings, share),
+                path=request.path_params,
+                share=share,
+            )
+            reply = await self.handler(call)
         if not isinstance(reply, Reply):
             return reply
         content = msgspec.json.encode(reply.content)
         return Response(content, reply.status or self.status, dict(reply.headers), reply.media_type)
 
-    async def _decoded_body(self, request: Request, settings: Settings) -> BodyT:
+    async def _decoded_body(self, request: Request, settings: Settings, share: Share) -> BodyT:
         if self.body is Nothing:
             return self.body()
-        body = await read_body(request.headers, request.receive, self.body_max_bytes(settings))
+        body = await read_body(request.headers, request.receive, self.body_max_bytes(settings), share)
         if self.body_optional and not body:
             return self.body()
+        return await self._decode(body)
+
+    async def _decode(self, body: bytes) -> BodyT:
         return await decode_body(body, self.body)
 
 

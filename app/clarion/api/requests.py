@@ -1,7 +1,12 @@
-"""Reading request bodies within bounds: nothing is held that is over its limit, and no one may stall for ever."""
+"""Reading request bodies within bounds: nothing is held that is over its limit, and no one may stall for ever.
 
+`Bodies` are all that one process reads and holds at a time: a limit on each is none on a thousand of them.
+"""
+
+import math
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from uuid import UUID
 
 import anyio
@@ -9,18 +14,89 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from clarion.errors import FieldError, Invalid, RequestTimeout, TooLarge, UnsupportedMediaType
+from clarion.errors import (
+    FieldError,
+    Invalid,
+    Overloaded,
+    RequestTimeout,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 
 # A client that sends nothing for so long is gone, or means to hold the connection.
 BODY_IDLE_SECONDS = 30.0
+# What a body that is under way gets to arrive in when the server stops.
+SHUTDOWN_GRACE_SECONDS = 1.0
+# What the requests of a process may hold of bodies together.
+BODIES_MAX_BYTES = 268_435_456
 
 IDEMPOTENCY_KEY_MAX_CHARS = 255
 # A string of RFC 8941, in quotes; and what nearly everybody sends instead: the bare key.
 _QUOTED_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE_KEY = re.compile(r"[!#-~][ -~]*")
+
+
+class Share:
+    """What one request holds of bodies: `held_bytes`."""
+
+    def __init__(self, bodies: "Bodies") -> None:
+        self._bodies = bodies
+        self.held_bytes = 0
+
+    def take(self, size: int) -> None:
+        """Holds so many bytes more; raises Overloaded where all requests together would hold too many."""
+        if self._bodies.held_bytes + size > self._bodies.max_bytes:
+            raise Overloaded(f"the bodies of all requests together would hold over {self._bodies.max_bytes} bytes")
+        self._bodies.held_bytes += size
+        self.held_bytes += size
+
+    def give_back(self) -> None:
+        """Holds nothing any more."""
+        self._bodies.held_bytes -= self.held_bytes
+        self.held_bytes = 0
+
+    async def read_chunk(self, receive: Receive) -> tuple[bytes, bool]:
+        """The same as the function, but soon given up when the server stops: raises Unavailable then."""
+        return await self._bodies.read_chunk(receive)
+
+
+class Bodies:
+    """The bodies that the requests of a process read and hold, `held_bytes` of them at the moment."""
+
+    def __init__(self, max_bytes: int = BODIES_MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._reading: set[anyio.CancelScope] = set()
+        self._ends_at = math.inf
+
+    @contextmanager
+    def share(self) -> Iterator[Share]:
+        """What a request takes from now on; it is given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            share.give_back()
+
+    def close(self) -> None:
+        """Shutdown has begun: what is under way must arrive soon."""
+        self._ends_at = anyio.current_time() + SHUTDOWN_GRACE_SECONDS
+        for scope in self._reading:
+            scope.deadline = min(scope.deadline, self._ends_at)
+
+    async def read_chunk(self, receive: Receive) -> tuple[bytes, bool]:
+        """The next part of a body and whether there is more; raises Unavailable where none comes before the end."""
+        with anyio.CancelScope(deadline=self._ends_at) as scope:
+            self._reading.add(scope)
+            try:
+                return await read_chunk(receive)
+            finally:
+                self._reading.discard(scope)
+        raise Unavailable("the server stops, and the body had not arrived")
 
 
 def media_type_of(headers: Headers) -> str:
@@ -63,18 +139,22 @@ def uuid_in_path(text: str) -> UUID | None:
     return found if str(found) == text.lower() else None
 
 
-async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body; raises TooLarge on a Content-Length over the limit, or as soon as more has arrived."""
+async def read_body(headers: Headers, receive: Receive, max_bytes: int, share: Share) -> bytes:
+    """The whole body; raises TooLarge on a Content-Length over the limit, or as soon as more has arrived.
+
+    Raises Overloaded when the share cannot hold it beside those of other requests.
+    """
     too_large = TooLarge(f"the body is over {max_bytes} bytes")
     declared = headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > max_bytes:
         raise too_large
     body, more = bytearray(), True
     while more:
-        chunk, more = await read_chunk(receive)
-        body += chunk
-        if len(body) > max_bytes:
+        chunk, more = await share.read_chunk(receive)
+        if len(body) + len(chunk) > max_bytes:
             raise too_large
+        share.take(len(chunk))
+        body += chunk
     return bytes(body)
 
 
@@ -89,11 +169,11 @@ async def read_chunk(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-async def read_lines(receive: Receive, max_bytes: int) -> AsyncGenerator[bytes | None, None]:
+async def read_lines(receive: Receive, max_bytes: int, share: Share) -> AsyncGenerator[bytes | None, None]:
     """The body line by line, without the line ends; None for a line over the limit, which is not held."""
     held, overlong, more = bytearray(), False, True
     while more:
-        chunk, more = await read_chunk(receive)
+        chunk, more = await share.read_chunk(receive)
         *ends, rest = chunk.split(b"\n")
         for end in ends:
             overlong = overlong or len(held) + len(end) > max_bytes

@@ -6,6 +6,7 @@ from typing import Protocol
 import anyio
 import msgspec
 
+from clarion.api.requests import Bodies
 from clarion.claims import Claims
 from clarion.endings import Endings
 from clarion.job import Enqueued, NewJob
@@ -38,3 +39,4 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     roster: Roster
     settings: Settings
     draining: anyio.Event
+    bodies: Bodies = msgspec.field(default_factory=Bodies)

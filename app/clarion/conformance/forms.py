@@ -36,7 +36,7 @@ class Verb(StrEnum):
 # What ends an attempt.
 ENDINGS = (Verb.COMPLETE, Verb.FAIL, Verb.SNOOZE, Verb.RELEASE)
 _BODY_OPTIONAL = {Verb.COMPLETE, Verb.RELEASE, Verb.PROGRESS}
-_BODY_IS_TEXTS = {Verb.FAIL, Verb.LOGS}
+_BODY_IS_TEXTS = {Verb.FAIL, Verb.LOGS, Verb.PROGRESS}
 _FORMS: Mapping[Verb, type[Form]] = {
     Verb.CLAIM: LeasesIn,
     Verb.HEARTBEAT: HeartbeatIn,

@@ -79,6 +79,8 @@ class Script:
         self.hold_seconds = 30.0
         self.with_unknown_members = False
         self.heartbeats_fail = False
+        # Whether a claim that found nothing is answered 200 with no lease, instead of 204.
+        self.empty_claims = False
         self.directive: Literal["ok", "drain"] = "ok"
         self.closing = False
         self.starts = 0

@@ -170,10 +170,11 @@ async def _answer_claim(script: Script, request: Request, claim: LeasesIn) -> Re
         group.cancel_scope.cancel()
     if script.closing and not found:
         return _problem(503, {"Retry-After": "1"})
-    if not found:
+    if not found and script.directive == "ok" and not script.empty_claims:
         return Response(status_code=204)
     leases = [_with_unknown(script, _lease(script, offer)) for offer in found]
-    return _json(script, {"leases": leases, "waited": round(anyio.current_time() - arrived, 3)})
+    waited = round(anyio.current_time() - arrived, 3)
+    return _json(script, {"leases": leases, "waited": waited, "directive": script.directive})
 
 
 async def _cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:

@@ -71,10 +71,10 @@ class Execution(StatementRunner):
         rows = await self._fetch("complete_jobs", *columns(completions, "id", "token", "result", "key"))
         return [Completed(*row) for row in rows]
 
-    async def find_completions(self, attempts: Sequence[Release]) -> set[UUID]:
-        """The tokens of those attempts that have completed their jobs."""
-        rows = await self._fetch("find_completions", *columns(attempts, "id", "token"))
-        return {row["token"] for row in rows if row["completed"]}
+    async def find_endings(self, attempts: Sequence[Release]) -> dict[UUID, str]:
+        """What those attempts made of their jobs that their own workers have ended: the job's state, by token."""
+        rows = await self._fetch("find_endings", *columns(attempts, "id", "token"))
+        return {row["token"]: row["state"] for row in rows if row["state"] is not None}
 
     async def fail_jobs(self, failures: Sequence[Failure]) -> list[Ended]:
         """Ends attempts that went wrong; one answer each, in order."""
@@ -94,7 +94,7 @@ class Execution(StatementRunner):
     async def snooze_jobs(self, snoozings: Sequence[Snoozing]) -> list[Ended]:
         """Postpones jobs; one answer each, in order."""
         rows = await self._fetch(
-            "snooze_jobs", *columns(snoozings, "id", "token", "delay_seconds"), self._settings.max_snoozes
+            "snooze_jobs", *columns(snoozings, "id", "token", "delay_seconds", "counted"), self._settings.max_snoozes
         )
         return [Ended(*row) for row in rows]
 

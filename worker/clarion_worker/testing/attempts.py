@@ -58,7 +58,7 @@ class Attempts:
         self._runner = runner
         self._leases = leases
         self._endings = endings
-        self._finisher = Finisher(endings, store.find_completions)
+        self._finisher = Finisher(endings, store.find_endings)
 
     def hold(self, lease: Lease) -> Held:
         """Begins to hold a lease, as the claim that took it does."""
