@@ -159,7 +159,7 @@ async def test_a_job_that_runs_or_has_succeeded_is_not_run_again(
 
 
 @pytest.mark.parametrize("verb", ["cancel", "retry"])
-@pytest.mark.parametrize("job_id", [str(uuid4()), "1", "x" * 500])
+@pytest.mark.parametrize("job_id", [str(UUID(int=7)), "1", "x" * 500])
 async def test_a_job_that_does_not_exist_is_not_found(client: httpx2.AsyncClient, verb: str, job_id: str) -> None:
     assert problem(await client.post(f"/v1/jobs/{job_id}/{verb}")) == (404, "not-found")
 

@@ -1,7 +1,7 @@
 """What happened to a job, and what its handlers said, over HTTP."""
 
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx2
 import pytest
@@ -223,7 +223,7 @@ async def test_a_bad_parameter_is_named(client: httpx2.AsyncClient, jobs: Jobs, 
 
 
 @pytest.mark.parametrize("part", ["attempts", "logs"])
-@pytest.mark.parametrize("job_id", [str(uuid4()), "1", "%00"])
+@pytest.mark.parametrize("job_id", [str(UUID(int=7)), "1", "%00"])
 async def test_a_job_that_does_not_exist_has_no_history(client: httpx2.AsyncClient, part: str, job_id: str) -> None:
     answer = await client.get(f"/v1/jobs/{job_id}/{part}")
     assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found")

@@ -1,5 +1,6 @@
 """What a handler may say and learn through its context; the worker runs in this process, on a real database."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 import structlog
 
 from clarion.db import Database
+from clarion.errors import UsageError
 from clarion.job import Job, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
@@ -107,6 +109,56 @@ def waits_in_thread(*, ctx: SyncContext) -> str:
     except Cancelled:
         seen["cancelled"] = ctx.cancelled
         raise
+
+
+@worker.task("leaves-a-task-behind")
+async def leaves_a_task_behind(*, ctx: Context) -> None:
+    await ctx.progress(1)
+    seen["calls"] = ctx._calls  # as a task that outlives the handler has them
+
+
+@worker.task("cleans-up")
+async def cleans_up(*, ctx: Context) -> None:
+    started.set()
+    cancellations = 0
+    try:
+        while True:
+            await ctx.progress(0)
+    except asyncio.CancelledError:
+        cancellations += 1
+        try:
+            with anyio.move_on_after(0.2):
+                await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            cancellations += 1
+        seen["cancellations"] = cancellations
+        raise
+
+
+@worker.task("logs-anything")
+async def logs_anything(*, ctx: Context) -> None:
+    ctx.log.warning(ValueError("not a text"))
+
+
+@worker.task("says-goodbye")
+async def says_goodbye(*, ctx: Context) -> None:
+    ctx.log.info("before the commit")
+    connection = await asyncpg.connect(seen["database_url"])
+    async with connection.transaction():
+        await ctx.complete_in(connection)
+    await connection.close()
+
+
+@worker.task("falls-back")
+async def falls_back(*, ctx: Context) -> str:
+    connection = await asyncpg.connect(seen["database_url"])
+    try:
+        await ctx.complete_in(connection)
+    except UsageError:
+        return "returned instead"
+    finally:
+        await connection.close()
+    return "committed"
 
 
 @worker.task("state")
@@ -294,6 +346,37 @@ async def test_a_transaction_that_is_rolled_back_takes_the_completion_with_it(cl
 async def test_what_fails_after_the_commit_changes_nothing(clarion: Client) -> None:
     job = await run(clarion, "transfers", mode="fail afterwards")
     assert (job.state, await effects(clarion, job)) == ("succeeded", 1)
+
+
+async def test_what_was_logged_before_a_completion_in_a_transaction_is_kept(clarion: Client) -> None:
+    job = await run(clarion, "says-goodbye")
+    assert job.state == "succeeded"
+    assert [line.message for line in await clarion.store.list_logs(job.id, after=None, limit=9)] == [
+        "before the commit"
+    ]
+
+
+async def test_a_completion_that_was_refused_leaves_the_result_to_the_handler(clarion: Client) -> None:
+    job = await run(clarion, "falls-back")
+    assert (job.state, job.result) == ("succeeded", '"returned instead"')
+
+
+async def test_a_task_that_a_handler_leaves_behind_learns_that_it_is_over(clarion: Client) -> None:
+    await run(clarion, "leaves-a-task-behind")
+    assert await seen["calls"].beat(None, None) == "lost"
+
+
+async def test_a_handler_is_cancelled_once_and_may_clean_up(clarion: Client) -> None:
+    (job_id,) = await clarion.enqueue(NewJob(task="cleans-up"))
+    await anyio.to_thread.run_sync(started.wait)
+    await cancel(clarion, job_id)
+    assert (await clarion.final(job_id)).state == "cancelled"
+    assert seen["cancellations"] == 1
+
+
+async def test_anything_may_be_logged(clarion: Client) -> None:
+    job = await run(clarion, "logs-anything")
+    assert [line.message for line in await clarion.store.list_logs(job.id, after=None, limit=9)] == ["not a text"]
 
 
 async def test_complete_in_wants_an_open_transaction(clarion: Client) -> None:
