@@ -15,6 +15,7 @@ from clarion.batcher import Batcher
 from clarion.execution import Beat, Completed, Completion, Ended, Failure, Heartbeat, LogLine, Release, Snoozing
 from clarion.job import DeadReason, JobState
 from clarion.store import Store
+from clarion.texts import storable
 from clarion.wake import Ringer
 
 _BATCH_MAX = 500
@@ -121,6 +122,6 @@ def unstorable(outcome: Ending, reason: str) -> Failure:
         id=outcome.id,
         token=outcome.token,
         error_type="Unstorable",
-        error_message=reason.encode("ascii", "backslashreplace").decode()[:1000],
+        error_message=storable(reason, 1_000).encode("ascii", "backslashreplace").decode(),
         dead_reason=DeadReason.RESULT_UNSTORABLE,
     )
