@@ -246,16 +246,10 @@ class Hopeless(Store):
     """Every job that is run again is dead again at once, and sometimes somebody is faster."""
 
     async def retry_jobs(
-        self,
-        job_ids: Sequence[UUID],
-        delays_seconds: Sequence[float],
-        *,
-        actor: str,
-        reason: str | None = None,
-        only_dead: bool = False,
+        self, job_ids: Sequence[UUID], delays_seconds: Sequence[float], **options: Any
     ) -> list[Requeued]:
         await super().retry_jobs(job_ids[:1], [0], actor="somebody")
-        answers = await super().retry_jobs(job_ids, delays_seconds, actor=actor, reason=reason, only_dead=only_dead)
+        answers = await super().retry_jobs(job_ids, delays_seconds, **options)
         await self._database.fetch(
             "update clarion.jobs set state = 'dead', dead_reason = 'crash_loop', died_at = clock_timestamp()"
         )
