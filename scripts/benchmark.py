@@ -236,7 +236,7 @@ async def until_empty(bench: Bench) -> None:
 
 async def started_after(bench: Bench, column: str) -> Round:
     """The median wait from that moment to the claim, in milliseconds of the database's clock."""
-    rows = await bench.connection.fetch(f"select started_at - {column} as wait from clarion.job_history")  # noqa: S608
+    rows = await bench.connection.fetch(f"select started_at - {column} as wait from clarion.job_history")  # noqa: S608  ours
     return Round(statistics.median(row["wait"].total_seconds() * 1000 for row in rows))
 
 

@@ -63,7 +63,7 @@ def deaf_process(ctx: SyncContext, seconds: float) -> int:
 async def block(ctx: Context, seconds: float, until: str = "") -> int:
     """Blocks the event loop in its first attempt, for so long or until there is such a file; the attempt."""
     ends = time.monotonic() + seconds
-    while ctx.attempt == 1 and time.monotonic() < ends and not (until and Path(until).exists()):  # noqa: ASYNC240
+    while ctx.attempt == 1 and time.monotonic() < ends and not (until and Path(until).exists()):  # noqa: ASYNC240  a touch
         time.sleep(0.02)  # noqa: ASYNC251  as a handler does that should have been a `def`
     return ctx.attempt
 
@@ -74,7 +74,7 @@ async def block(ctx: Context, seconds: float, until: str = "") -> int:
 @tasks.task("verify.crash")
 async def crash(harmless: str) -> str:
     """Kills its worker, unless there is such a file."""
-    if not Path(harmless).exists():  # noqa: ASYNC240
+    if not Path(harmless).exists():  # noqa: ASYNC240  a touch
         os.kill(os.getpid(), signal.SIGKILL)
     return "harmless by now"
 
@@ -105,6 +105,6 @@ async def result(number: int, at: float, kind: str = "", size: int = 0) -> Any:
 async def effect(ctx: Context, directory: str, seconds: float) -> str:
     """Leaves a file that names the job and this run of it; answers the run."""
     name = uuid4().hex
-    Path(directory, f"{ctx.job.id}.{name}").touch()  # noqa: ASYNC240
+    Path(directory, f"{ctx.job.id}.{name}").touch()  # noqa: ASYNC240  a touch
     await anyio.sleep(seconds)
     return name

@@ -16,10 +16,12 @@ import structlog
 
 from clarion.db import Database
 from clarion.errors import UsageError
+from clarion.execution import Heartbeat
 from clarion.job import Job, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion_worker import Cancelled, Context, Retry, SyncContext, Worker
+from clarion_worker.leases import Held
 from clarion_worker.lines import HandlerLog
 from clarion_worker.service import WorkerService
 from running import Client, client, in_one_task, running_worker
@@ -377,6 +379,19 @@ async def test_a_handler_is_cancelled_once_and_may_clean_up(clarion: Client) -> 
 async def test_anything_may_be_logged(clarion: Client) -> None:
     job = await run(clarion, "logs-anything")
     assert [line.message for line in await clarion.store.list_logs(job.id, after=None, limit=9)] == ["not a text"]
+
+
+@pytest.mark.parametrize(("committing", "renewed"), [(True, 5.0), (False, 1.0)])
+async def test_a_row_that_its_own_transaction_locks_is_still_held(
+    clarion: Client, committing: bool, renewed: float
+) -> None:
+    (job_id,) = await clarion.enqueue(NewJob(task="elsewhere", queue="elsewhere"))
+    (lease,) = await clarion.store.claim_jobs(job_id, {"elsewhere": 1}, None, lease_seconds=30)
+    held = Held(lease, valid_until=1.0)
+    held.committing = committing
+    locked = Heartbeat(lease.id, lease.token, extended=False, cancelled=False, lease_seconds=9.0)
+    held.renew(locked, 5.0, 0.0)
+    assert held.valid_until == renewed
 
 
 async def test_complete_in_wants_an_open_transaction(clarion: Client) -> None:

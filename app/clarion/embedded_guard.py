@@ -169,7 +169,7 @@ class Guard:
             extra_groups=() if account else None,
             pass_fds=[self._launch.lock_fd],
             # The guard has one thread, so a function between fork and exec is safe here.
-            preexec_fn=functools.partial(_die_with, os.getpid()),  # noqa: PLW1509
+            preexec_fn=functools.partial(_die_with, os.getpid()),  # noqa: PLW1509  it only calls prctl
         )
 
     def _settings(self) -> list[str]:

@@ -61,7 +61,7 @@ create index jobs_dead_since on clarion.jobs (died_at, id) where state = 'dead';
 drop index clarion.jobs_dead;
 
 -- The moment past which no lease of an attempt is extended; null: none. The 5 s let a worker that ends its handler in
--- time report it first.
+-- time report it first. The functions that go were called by statements of this repository only.
 -- squawk-ignore ban-drop-function
 drop function clarion.lease_end;
 -- squawk-ignore ban-drop-function

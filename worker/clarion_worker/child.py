@@ -182,7 +182,7 @@ async def _await(handler: Awaitable[Any], channel: Channel) -> Any:
 
     def stop() -> None:
         with suppress(RuntimeError):  # the loop is closed: the handler has ended by itself
-            loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+            loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]  # we are in it
 
     channel.on_cancel(stop)
     return await handler
