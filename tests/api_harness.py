@@ -166,7 +166,7 @@ async def read_answer(stream: SocketStream) -> tuple[int, bytes]:
 
 async def claim(store: Store, worker_id: UUID, *, task: str = "work", queue: str = "default") -> Lease:
     """Takes the next job of a task."""
-    [lease] = await store.claim_jobs(worker_id, {queue: 1}, {task: Policy()}, lease_seconds=30)
+    [lease] = await store.claim_for(worker_id, {queue: 1}, {task: Policy()}, lease_seconds=30)
     return lease
 
 

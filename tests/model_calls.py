@@ -97,7 +97,7 @@ def claim(worker: UUID, most: int = 10) -> Call:
     """Answers the token of each job that was claimed."""
 
     async def make(store: Store) -> dict[UUID, UUID]:
-        leases = await store.claim_jobs(worker, {QUEUE: most}, {TASK: Policy()}, lease_seconds=LEASE_SECONDS)
+        leases = await store.claim_for(worker, {QUEUE: most}, {TASK: Policy()}, lease_seconds=LEASE_SECONDS)
         return {lease.id: lease.token for lease in leases}
 
     def foretell(world: World, answer: dict[UUID, UUID]) -> dict[UUID, UUID | str]:

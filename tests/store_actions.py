@@ -72,7 +72,7 @@ class Jobs:
 
     async def claim(self, count: int = 1, *, queue: str = "default", **options: Any) -> list[Lease]:
         """Claims from one queue, in the order of the line. `options`: lease_seconds, policy."""
-        leases = await self.store.claim_jobs(
+        leases = await self.store.claim_for(
             options.get("worker_id", self.worker_id),
             {queue: count},
             {TASK: options.get("policy", Policy())},

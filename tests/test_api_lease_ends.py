@@ -37,7 +37,7 @@ each_verb = pytest.mark.parametrize(("verb", "body", "state"), VERBS)
 async def running(store: Store, **options: Any) -> dict[str, Any]:
     """A job of its own that is claimed: its id and its token."""
     [added] = await store.enqueue_jobs([NewJob(task="work", queue="mine", **options)])
-    [lease] = await store.claim_jobs(uuid4(), {"mine": 1}, None, lease_seconds=30)
+    [lease] = await store.claim_for(uuid4(), {"mine": 1}, None, lease_seconds=30)
     assert lease.id == added.id
     return {"id": str(lease.id), "token": encode_lease_token(lease.id, lease.token)}
 
@@ -59,7 +59,7 @@ async def job_of(client: httpx2.AsyncClient, lease: Mapping[str, Any]) -> dict[s
 async def lose(store: Store, lease: Mapping[str, Any]) -> dict[str, Any]:
     """Another worker has the job now; its lease."""
     await store.release_jobs([Release(*decode_lease_token(lease["token"]))])
-    [other] = await store.claim_jobs(uuid4(), {"mine": 1}, None, lease_seconds=30)
+    [other] = await store.claim_for(uuid4(), {"mine": 1}, None, lease_seconds=30)
     return {"id": str(other.id), "token": encode_lease_token(other.id, other.token)}
 
 
@@ -103,7 +103,7 @@ async def test_the_same_call_has_the_same_answer_long_after_the_job_has_gone_on(
     first = await say(client, lease, verb, body)
     if state != "succeeded":
         await store.retry_jobs([UUID(lease["id"])], [0], actor="api")
-        [other] = await store.claim_jobs(uuid4(), {"mine": 1}, None, lease_seconds=30)
+        [other] = await store.claim_for(uuid4(), {"mine": 1}, None, lease_seconds=30)
         [completed] = await store.complete_jobs([Completion(other.id, other.token, "2")])
         assert completed.state == "succeeded"
     again = await say(client, lease, verb, body)
@@ -134,7 +134,7 @@ async def test_a_token_of_an_attempt_that_was_ended_otherwise_ends_nothing(
             await say(client, lease, other_verb, other_body)
             answer = await say(client, lease, verb, body)
             assert (answer.status_code, answer.json()["state"]) == (409, other_state)
-            await store.claim_jobs(uuid4(), {"mine": 1}, None, lease_seconds=30)  # out of the next one's way
+            await store.claim_for(uuid4(), {"mine": 1}, None, lease_seconds=30)  # out of the next one's way
 
 
 @each_verb
@@ -496,7 +496,7 @@ async def test_a_release_needs_no_body_and_costs_no_attempt(client: httpx2.Async
 async def test_a_job_that_was_released_is_claimed_under_another_token(client: httpx2.AsyncClient, store: Store) -> None:
     lease = await running(store)
     await say(client, lease, "release")
-    [other] = await store.claim_jobs(uuid4(), {"mine": 1}, None, lease_seconds=30)
+    [other] = await store.claim_for(uuid4(), {"mine": 1}, None, lease_seconds=30)
     assert encode_lease_token(other.id, other.token) != lease["token"]
     assert (await say(client, lease, "complete")).status_code == 409
 

@@ -386,7 +386,7 @@ async def test_a_row_that_its_own_transaction_locks_is_still_held(
     clarion: Client, committing: bool, renewed: float
 ) -> None:
     (job_id,) = await clarion.enqueue(NewJob(task="elsewhere", queue="elsewhere"))
-    (lease,) = await clarion.store.claim_jobs(job_id, {"elsewhere": 1}, None, lease_seconds=30)
+    (lease,) = await clarion.store.claim_for(job_id, {"elsewhere": 1}, None, lease_seconds=30)
     held = Held(lease, valid_until=1.0)
     held.committing = committing
     locked = Heartbeat(lease.id, lease.token, extended=False, cancelled=False, lease_seconds=9.0)

@@ -108,7 +108,11 @@ async def arguments(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str,
     dying = [row["id"] for row in dead]
     some = [row["id"] for row in [*dead[::2], *rows[::2]]]
     failed, nothing, minute = same("failed", rows), same("null", rows), same("60", rows)
-    claim = f"gen_random_uuid(), 30, '{{default,other}}', '{{{CLAIM},5}}'"
+    workers = array(["00000000-0000-0000-0000-00000000000a", "00000000-0000-0000-0000-00000000000b"] * 2)
+    claim = (
+        f"'{{default,other}}', '{{{CLAIM},5}}', '{{null,null}}', "
+        f"'{{default,default,other,other}}', '{{1,11,1,3}}', '{{10,{CLAIM},2,5}}', {workers}, '{{30,30,30,30}}'"
+    )
     policy = ", '{null,null}'" * 4
     # Half of the keys are there already.
     keys = array([f"{'old' if n % 2 else 'new'} {n}" for n in range(BATCH)])

@@ -155,7 +155,7 @@ async def test_a_worker_is_recorded_field_by_field(connection: asyncpg.Connectio
 def test_most_statements_are_decoded_by_somebody() -> None:
     """So that a change of style in the callers cannot make the other tests see nothing."""
     structs = {struct.__name__ for name in QUERIES for struct in wanted(name).structs}
-    assert structs >= {"Enqueued", "Lease", "Heartbeat", "Reaped", "Job", "JobSummary", "Ground", "Applied", "Ended"}
+    assert structs >= {"Enqueued", "Claimed", "Heartbeat", "Reaped", "Job", "JobSummary", "Ground", "Applied", "Ended"}
     assert wanted("release_jobs").columns == {"state", "queue"}
     assert wanted("record_logs").columns == {"kept"}
 

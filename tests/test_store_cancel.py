@@ -301,7 +301,7 @@ async def test_what_was_claimed_meanwhile_is_asked_for(jobs: Jobs) -> None:
     (added,) = await jobs.enqueue()
     canceller = Canceller(jobs, added.id)
     async with jobs.session() as claiming, anyio.create_task_group() as group:
-        (lease,) = await claiming.store.claim_jobs(jobs.worker_id, {"default": 1}, None, lease_seconds=30)
+        (lease,) = await claiming.store.claim_for(jobs.worker_id, {"default": 1}, None, lease_seconds=30)
         group.start_soon(canceller.run)
         await claiming.until_it_blocks_another()
         await claiming.commit()

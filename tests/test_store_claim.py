@@ -1,18 +1,22 @@
 """Who gets which job: the line, the limits, and many claimers at once."""
 
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import anyio
+import msgspec
 import pytest
 
 from clarion.db import Database, DedicatedDatabase
-from clarion.execution import Lease, Policy
+from clarion.execution import Lease, Policy, Share
 from clarion.job import NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from store_actions import TASK, Jobs
 
 POLICY = Policy(max_attempts=3, timeout_seconds=30.5, backoff_seconds=1.5, backoff_cap_seconds=60.0)
+
+NEVER = datetime(2199, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ async def test_a_released_job_keeps_its_place_in_line(jobs: Jobs) -> None:
 async def test_a_claim_keeps_to_each_queues_limit(jobs: Jobs) -> None:
     for queue in ("a", "b", "c", "d"):
         await ids(jobs, 10, queue=queue)
-    leases = await jobs.store.claim_jobs(uuid4(), {"a": 3, "b": 1, "c": 0, "e": 5}, {TASK: Policy()}, lease_seconds=30)
+    leases = await jobs.store.claim_for(uuid4(), {"a": 3, "b": 1, "c": 0, "e": 5}, {TASK: Policy()}, lease_seconds=30)
     assert sorted(lease.queue for lease in leases) == ["a", "a", "a", "b"]
     rows = await jobs.fetch("select from clarion.jobs where state = 'running'")
     assert len(rows) == 4
@@ -97,15 +101,15 @@ async def test_a_claim_takes_no_more_than_it_was_asked_for(jobs: Jobs, count: in
 async def test_a_claim_takes_only_tasks_the_worker_can_run(jobs: Jobs) -> None:
     await jobs.store.enqueue_jobs([NewJob(task=task) for task in ("a", "b", "c")] * 2)
     policies = {"a": Policy(max_attempts=1), "c": Policy(max_attempts=3), "d": Policy()}
-    leases = await jobs.store.claim_jobs(uuid4(), {"default": 10}, policies, lease_seconds=30)
+    leases = await jobs.store.claim_for(uuid4(), {"default": 10}, policies, lease_seconds=30)
     assert sorted((lease.task, lease.max_attempts) for lease in leases) == [("a", 1), ("a", 1), ("c", 3), ("c", 3)]
-    assert not await jobs.store.claim_jobs(uuid4(), {"default": 10}, {}, lease_seconds=30)
+    assert not await jobs.store.claim_for(uuid4(), {"default": 10}, {}, lease_seconds=30)
 
 
 async def test_a_claim_may_take_any_task_and_leaves_policies_to_the_settings(jobs: Jobs) -> None:
     line = [NewJob(task="a", max_attempts=7), NewJob(task="b"), NewJob(task=""), NewJob(task="c", queue="other")]
     added = await jobs.store.enqueue_jobs(line)
-    leases = await jobs.store.claim_jobs(uuid4(), {"default": 10}, None, lease_seconds=30)
+    leases = await jobs.store.claim_for(uuid4(), {"default": 10}, None, lease_seconds=30)
     assert sorted((lease.id, lease.task, lease.max_attempts) for lease in leases) == [
         (added[0].id, "a", 7), (added[1].id, "b", None), (added[2].id, "", None),
     ]  # fmt: skip
@@ -115,7 +119,7 @@ async def test_a_claim_may_take_any_task_and_leaves_policies_to_the_settings(job
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
 async def test_a_claim_of_any_task_keeps_to_its_limit(jobs: Jobs, count: int) -> None:
     await jobs.store.enqueue_jobs([NewJob(task=f"t{n}") for n in range(20)])
-    leases = await jobs.store.claim_jobs(uuid4(), {"default": count}, None, lease_seconds=30)
+    leases = await jobs.store.claim_for(uuid4(), {"default": count}, None, lease_seconds=30)
     assert len({lease.id for lease in leases}) == len(leases) == min(count, 20)
 
 
@@ -205,10 +209,46 @@ async def test_release_and_snooze_give_the_attempt_back(jobs: Jobs, ending: str,
 # -- Several at once
 
 
+async def test_claimants_of_one_statement_share_a_queue_in_the_order_they_came(jobs: Jobs) -> None:
+    line, other_line = await ids(jobs, 4), [added.id for added in await jobs.enqueue(2, queue="other")]
+    ada, bob, eve = uuid4(), uuid4(), uuid4()
+    wishes = [("default", 2, ada, 30), ("other", 1, ada, 30), ("default", 1, bob, 60), ("default", 5, eve, 90)]
+    shares = [
+        Share(queue=queue, jobs_max=most, worker_id=worker_id, lease_seconds=seconds)
+        for queue, most, worker_id, seconds in wishes
+    ]
+    taken = await jobs.store.claim_jobs(shares, None)
+    assert [[lease.id for lease in leases] for leases in taken] == [line[:2], other_line[:1], line[2:3], line[3:]]
+    for leases, (_, _, worker_id, seconds) in zip(taken, wishes, strict=True):
+        for lease in leases:
+            row = await jobs.row(lease.id)
+            assert (row["worker_id"], row["lease_seconds"]) == (worker_id, seconds)
+
+
+async def test_a_claim_looks_from_the_least_bound_of_its_shares(jobs: Jobs) -> None:
+    (first,) = await jobs.enqueue()
+    (second,) = await jobs.enqueue()
+    late = Share(queue="default", jobs_max=1, worker_id=uuid4(), lease_seconds=30, earliest=second.run_at)
+    assert [[lease.id for lease in leases] for leases in await jobs.store.claim_jobs([late], None)] == [[second.id]]
+    early = msgspec.structs.replace(late, earliest=first.run_at)
+    (third,) = await jobs.enqueue()
+    taken = await jobs.store.claim_jobs([late, early], None)
+    assert [[lease.id for lease in leases] for leases in taken] == [[first.id], [third.id]]
+
+
+async def test_a_bound_of_one_share_hides_nothing_from_another_that_has_none(jobs: Jobs) -> None:
+    (first,) = await jobs.enqueue()
+    bounded = Share(queue="default", jobs_max=1, worker_id=uuid4(), lease_seconds=30, earliest=NEVER)
+    anywhere = msgspec.structs.replace(bounded, earliest=None)
+    assert await jobs.store.claim_jobs([bounded], None) == [[]]
+    taken = await jobs.store.claim_jobs([bounded, anywhere], None)
+    assert [lease.id for leases in taken for lease in leases] == [first.id]
+
+
 async def test_two_claims_at_once_get_different_jobs(jobs: Jobs) -> None:
     line = await ids(jobs, 10)
     async with jobs.session() as other:
-        first = await other.store.claim_jobs(uuid4(), {"default": 4}, {TASK: Policy()}, lease_seconds=30)
+        first = await other.store.claim_for(uuid4(), {"default": 4}, {TASK: Policy()}, lease_seconds=30)
         second = await jobs.claim(10)
         await other.commit()
     assert {lease.id for lease in first} == set(line[:4])
@@ -218,7 +258,7 @@ async def test_two_claims_at_once_get_different_jobs(jobs: Jobs) -> None:
 async def test_a_claim_that_is_undone_leaves_its_jobs_to_others(jobs: Jobs) -> None:
     line = await ids(jobs, 5)
     async with jobs.session() as other:
-        await other.store.claim_jobs(uuid4(), {"default": 4}, {TASK: Policy()}, lease_seconds=30)
+        await other.store.claim_for(uuid4(), {"default": 4}, {TASK: Policy()}, lease_seconds=30)
         await other.rollback()
     assert [lease.id for lease in await jobs.claim(10)] == line
 
@@ -237,7 +277,7 @@ async def test_of_many_claimers_each_job_has_exactly_one(jobs: Jobs, settings: S
 
     async def claim_all(store: Store, worker_id: UUID) -> None:
         asked = {"a": 3, "b": 2}
-        while leases := await store.claim_jobs(worker_id, asked, {TASK: Policy()}, lease_seconds=30):
+        while leases := await store.claim_for(worker_id, asked, {TASK: Policy()}, lease_seconds=30):
             assert all([lease.queue for lease in leases].count(queue) <= most for queue, most in asked.items())
             claimed.extend(leases)
 

@@ -26,7 +26,7 @@ async def kill(
 ) -> UUID:
     """A job that died of this, just now."""
     await jobs.store.enqueue_jobs([NewJob(task=task, queue=queue)])
-    (lease,) = await jobs.store.claim_jobs(jobs.worker_id, {queue: 1}, None, lease_seconds=30)
+    (lease,) = await jobs.store.claim_for(jobs.worker_id, {queue: 1}, None, lease_seconds=30)
     await jobs.store.fail_jobs([failure(lease, error_type=error_type, dead_reason=reason)])
     return lease.id
 

@@ -80,7 +80,7 @@ async def test_no_claim_takes_a_job_that_is_too_late(jobs: Jobs, deadline: str, 
     before = await jobs.row(late)
     assert [lease.id for lease in await jobs.claim(2)] == [early]
     assert await jobs.row(late) == before
-    assert await jobs.store.claim_jobs(jobs.worker_id, {"default": 9}, None, lease_seconds=30) == []
+    assert await jobs.store.claim_for(jobs.worker_id, {"default": 9}, None, lease_seconds=30) == []
 
 
 async def test_late_jobs_at_the_head_of_the_line_hide_nobody(jobs: Jobs) -> None:
@@ -272,7 +272,7 @@ async def test_expiry_does_not_kill_what_is_being_claimed(jobs: Jobs) -> None:
     async with jobs.session() as claiming:
         # In time for the claim, whose transaction began before.
         await jobs.fetch("update clarion.jobs set start_by = clock_timestamp()")
-        assert await claiming.store.claim_jobs(jobs.worker_id, {"default": 1}, None, lease_seconds=30)
+        assert await claiming.store.claim_for(jobs.worker_id, {"default": 1}, None, lease_seconds=30)
         assert await jobs.store.expire_jobs() == []
         await claiming.commit()
     assert await jobs.state(added.id) == "running"

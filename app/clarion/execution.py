@@ -35,6 +35,26 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     backoff_cap_seconds: float | None = None
 
 
+class Ready(msgspec.Struct, frozen=True, array_like=True):
+    """So many jobs became ready in a queue; `earliest` is the least sort_key among them."""
+
+    jobs: int
+    earliest: datetime
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """What one claimant wants of one queue: up to `jobs_max` jobs.
+
+    `earliest` is the sort_key to look from: who knows that nothing is ready before it spares Postgres the way there.
+    """
+
+    queue: str
+    jobs_max: int
+    worker_id: UUID
+    lease_seconds: float
+    earliest: datetime | None = None
+
+
 class Lease(msgspec.Struct, frozen=True):
     """A claimed job: the right to run one attempt of it, for as long as the token holds.
 
@@ -58,6 +78,13 @@ class Lease(msgspec.Struct, frozen=True):
     run_at: datetime
     started_at: datetime
     sort_key: datetime
+
+
+class Claimed(Lease, frozen=True):
+    """A lease as the claim answers it: the `place`-th job taken from its queue, for the `share`-th that asked."""
+
+    share: int
+    place: int
 
 
 class Completion(msgspec.Struct, frozen=True):

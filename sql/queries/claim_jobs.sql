@@ -1,26 +1,52 @@
--- Takes ready jobs under a lease, up to a limit per queue, earliest sort_key first.
+-- Takes ready jobs under leases, for any number of claimants at once: from each queue up to a limit, earliest sort_key
+-- first, and deals them out in that order.
 --
 -- Takes: ready → running.
--- $1 worker, $2 lease in seconds, $3 queues, $4 the most to take from each queue,
--- $5 tasks the worker can run, and the policy of each, for jobs that bring none: $6 max_attempts,
--- $7 timeout in seconds (null: none), $8 backoff in seconds, $9 its cap in seconds. $10 any task will do: then $5 to $9
--- hold one policy for all.
--- `timeout_seconds` is what this attempt has: that of the job, or the rest of its total timeout if that is less. A job
--- that is too late to start is left for expire_jobs.
+-- $1 queues, each once, $2 the most to take from each, $3 the earliest sort_key to look at in each (null: from the start).
+-- Who gets what: $4 queue, $5 first and $6 last place in what is taken from it, $7 worker, $8 lease in seconds.
+-- $9 tasks that can be run, and the policy of each, for jobs that bring none: $10 max_attempts, $11 timeout in seconds
+-- (null: none), $12 backoff in seconds, $13 its cap in seconds. $14 any task will do: then $9 to $13 hold one policy for all.
+-- Answers `share`, which of $4 to $8 a job belongs to, counted from 1, and its `place`. `timeout_seconds` is what this
+-- attempt has: that of the job, or the rest of its total timeout if that is less. A job that is too late to start is left
+-- for expire_jobs.
 --
--- Why this shape: rows are locked in a subselect that runs once (an array, so the planner cannot run its LIMIT
--- again and take more), and updated by ctid, some 15 % cheaper than by id. Every row that is locked is also
--- taken: a lock on a row left behind would hide it from the next claimer, who would go to sleep over it.
--- Plan: per queue, an index scan of jobs_ready that stops at the limit; then a TID scan. Never a sort of a backlog.
+-- Why this shape: rows are locked in a CTE, which runs once (a join could run a bare LIMIT again and take more), and
+-- updated by ctid, some 15 % cheaper than by id. Every row that is locked is also taken: a lock on a row left behind would
+-- hide it from the next claimer, who would go to sleep over it.
+-- Why the lower bound: while any session holds a snapshot, the entries of jobs long claimed stay at the head of the index,
+-- and a claim from the start walks them all (a claim of one: 0.3 ms, and 4.8 ms after 24,000 jobs).
+-- Plan: per queue, an index scan of jobs_ready from its bound that stops at the limit; then a TID probe a job. Never a sort of
+-- a backlog.
+with line as materialized (
+  select q.queue, f.ctid, f.place
+  from unnest($1::text[], $2::integer[], $3::timestamptz[]) as q (queue, claim_max, earliest)
+  cross join lateral (
+    select t.ctid, row_number() over () as place
+    from (
+      select r.ctid
+      from clarion.jobs as r
+      where
+        r.queue = q.queue
+        and r.state = 'ready'
+        and r.sort_key >= coalesce(q.earliest, '-infinity')
+        and ($14::boolean or r.task = any($9::text[]))
+        and (r.start_by is null or r.started_at is not null or r.start_by > now())
+        and (r.finish_by is null or r.finish_by > now())
+      order by r.sort_key, r.id
+      limit q.claim_max
+      for update skip locked
+    ) as t
+  ) as f
+)
 update clarion.jobs as j
 set
   state = 'running',
   lease_token = gen_random_uuid(),
-  worker_id = $1::uuid,
+  worker_id = s.worker_id,
   started_at = statement_timestamp(),
-  lease_seconds = $2::float8,
+  lease_seconds = s.lease_seconds,
   lease_expires_at = clarion.lease_end(
-    $2::float8, statement_timestamp(), coalesce(j.timeout_seconds, p.timeout_seconds), j.finish_by
+    s.lease_seconds, statement_timestamp(), coalesce(j.timeout_seconds, p.timeout_seconds), j.finish_by
   ),
   attempt = least(j.attempt + 1, 32767),
   progress = null,
@@ -28,29 +54,19 @@ set
   timeout_seconds = coalesce(j.timeout_seconds, p.timeout_seconds),
   backoff_seconds = coalesce(j.backoff_seconds, p.backoff_seconds),
   backoff_cap_seconds = coalesce(j.backoff_cap_seconds, p.backoff_cap_seconds)
-from unnest($5::text[], $6::smallint[], $7::real[], $8::real[], $9::real[])
-  as p (task, max_attempts, timeout_seconds, backoff_seconds, backoff_cap_seconds)
+from
+  line as l,
+  unnest($4::text[], $5::integer[], $6::integer[], $7::uuid[], $8::float8[]) with ordinality
+    as s (queue, first_place, last_place, worker_id, lease_seconds, share),
+  unnest($9::text[], $10::smallint[], $11::real[], $12::real[], $13::real[])
+    as p (task, max_attempts, timeout_seconds, backoff_seconds, backoff_cap_seconds)
 where
-  (p.task = j.task or $10::boolean)
-  and j.ctid = any(array(
-    select c.ctid
-    from unnest($3::text[], $4::integer[]) as q (name, claim_max)
-    cross join lateral (
-      select r.ctid
-      from clarion.jobs as r
-      where
-        r.queue = q.name
-        and r.state = 'ready'
-        and ($10::boolean or r.task = any($5::text[]))
-        and (r.start_by is null or r.started_at is not null or r.start_by > now())
-        and (r.finish_by is null or r.finish_by > now())
-      order by r.sort_key, r.id
-      limit q.claim_max
-      for update skip locked
-    ) as c
-  ))
+  j.ctid = l.ctid
+  and s.queue = l.queue and l.place between s.first_place and s.last_place
+  and (p.task = j.task or $14::boolean)
 returning
   j.id, j.lease_token as token, j.queue, j.task, j.args, j.priority, j.attempt, j.max_attempts, j.generation,
   j.errors, j.crashes,
   least(j.timeout_seconds, extract(epoch from j.finish_by - statement_timestamp())::real) as timeout_seconds,
-  j.checkpoint, j.created_at, j.run_at, j.started_at, j.sort_key
+  j.checkpoint, j.created_at, j.run_at, j.started_at, j.sort_key,
+  s.share::integer, l.place::integer

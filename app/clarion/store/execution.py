@@ -1,12 +1,16 @@
 """What those who run jobs ask: claim, heartbeat, the ends of attempts. All but the claim are fenced by the token."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from operator import attrgetter
 from uuid import UUID
 
 import msgspec
 
 from clarion.execution import (
     Beat,
+    Claimed,
     Completed,
     Completion,
     Directive,
@@ -17,36 +21,30 @@ from clarion.execution import (
     LogLine,
     Policy,
     Release,
+    Share,
     Snoozing,
     WorkerRecord,
 )
 from clarion.store.statement_runner import StatementRunner, columns, count
 
 _ANY_TASK = {"": Policy()}
+_place = attrgetter("place")
 
 
 class Execution(StatementRunner):
     """A job's run, from claim to end."""
 
-    async def claim_jobs(
-        self,
-        worker_id: UUID,
-        claim_max: Mapping[str, int],
-        policies: Mapping[str, Policy] | None,
-        *,
-        lease_seconds: float,
-    ) -> list[Lease]:
-        """Takes up to `claim_max[queue]` jobs from each queue, in no particular order.
+    async def claim_jobs(self, shares: Sequence[Share], policies: Mapping[str, Policy] | None) -> list[list[Lease]]:
+        """Takes ready jobs for any number of claimants at once: one list per share, in the order of the line.
 
-        Only of the tasks in `policies`; None takes any task, and leaves policies to the settings.
+        Only of the tasks in `policies`; None takes any task, and leaves policies to the settings. Who stands first
+        among the shares of a queue gets its first jobs, and is the last to go without.
         """
         chosen = _ANY_TASK if policies is None else policies
         rows = await self._fetch(
             "claim_jobs",
-            worker_id,
-            lease_seconds,
-            list(claim_max),
-            list(claim_max.values()),
+            *_queues(shares),
+            *_places(shares),
             list(chosen),
             *columns(
                 list(chosen.values()),
@@ -57,7 +55,25 @@ class Execution(StatementRunner):
             ),
             policies is None,
         )
-        return [Lease(*row) for row in rows]
+        taken: list[list[Lease]] = [[] for _ in shares]
+        for lease in sorted([Claimed(*row) for row in rows], key=_place):
+            taken[lease.share - 1].append(lease)
+        return taken
+
+    async def claim_for(
+        self,
+        worker_id: UUID,
+        claim_max: Mapping[str, int],
+        policies: Mapping[str, Policy] | None,
+        *,
+        lease_seconds: float,
+    ) -> list[Lease]:
+        """The same for one claimant: up to `claim_max[queue]` jobs from each queue, queue by queue."""
+        shares = [
+            Share(queue=queue, jobs_max=most, worker_id=worker_id, lease_seconds=lease_seconds)
+            for queue, most in claim_max.items()
+        ]
+        return [lease for leases in await self.claim_jobs(shares, policies) for lease in leases]
 
     async def heartbeat_jobs(self, beats: Sequence[Beat]) -> list[Heartbeat]:
         """Extends leases; one answer for each that is still held, in no particular order."""
@@ -125,3 +141,25 @@ class Execution(StatementRunner):
     async def remove_worker(self, worker_id: UUID) -> None:
         """Takes a worker that stops by itself off the list."""
         await self._fetch("remove_worker", worker_id)
+
+
+def _queues(shares: Sequence[Share]) -> list[list[object]]:
+    """Each queue once: its name, how many jobs all its shares want, and the least of their bounds, if all have one."""
+    asked: dict[str, tuple[int, datetime | None]] = {}
+    for share in shares:
+        most, earliest = asked.get(share.queue, (0, share.earliest))
+        least = None if earliest is None or share.earliest is None else min(earliest, share.earliest)
+        asked[share.queue] = most + share.jobs_max, least
+    return [list(asked), [most for most, _ in asked.values()], [earliest for _, earliest in asked.values()]]
+
+
+def _places(shares: Sequence[Share]) -> list[list[object]]:
+    """For each share its queue, its first and last place in what is taken from it, its worker and its lease."""
+    taken: Counter[str] = Counter()
+    firsts, lasts = [], []
+    for share in shares:
+        firsts.append(taken[share.queue] + 1)
+        taken[share.queue] += share.jobs_max
+        lasts.append(taken[share.queue])
+    queues, worker_ids, leases_seconds = columns(shares, "queue", "worker_id", "lease_seconds")
+    return [queues, list(firsts), list(lasts), worker_ids, leases_seconds]

@@ -70,7 +70,7 @@ class Slot:
 
     async def _claim(self) -> Lease | None:
         for queue in self._queues:
-            leases = await self._store.claim_jobs(
+            leases = await self._store.claim_for(
                 self._worker_id, {queue: 1}, self._policies, lease_seconds=self._settings.lease_seconds
             )
             if leases:
