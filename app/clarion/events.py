@@ -16,6 +16,8 @@ class Event(StrEnum):
     WORKER_HUNG = "worker.hung"
     WORKER_CHILD_EXITED = "worker.child_exited"
     WORKER_CHILD_RELOADED = "worker.child_reloaded"
+    SUPERVISOR_STARTED = "supervisor.started"
+    SUPERVISOR_STOPPED = "supervisor.stopped"
 
     LEASE_LOST = "lease.lost"
     LEASE_FENCED = "lease.fenced"

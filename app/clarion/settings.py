@@ -58,6 +58,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     enqueue_buffer_max_jobs: Annotated[
         int, Meta(ge=1, description="Single enqueues waiting for a commit before 503.")
     ] = 10_000
+    batch_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Calls that one statement serves at most; "
+            "1: each call its own statement on its own connection.",
+        ),
+    ] = 500
     wait_max_seconds: Annotated[float, Meta(ge=0, le=300, description="Longest `?wait=` of a request.")] = 60.0
     wait_tick_seconds: Annotated[
         float, Meta(gt=0, le=5, description="How often waiting requests are looked up, all in one query.")
@@ -89,6 +97,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=0, le=86_400, description="Time that running jobs get at shutdown before they are released."),
     ] = 20.0
     result_max_bytes: Annotated[int, Meta(ge=0, description="Largest stored result.")] = 1_048_576
+    processes: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|[1-9][0-9]{0,2})$",
+            description="Worker processes under one supervisor, each with its own concurrency and pool; "
+            "`auto`: one per usable CPU.",
+        ),
+    ] = "1"
+    health_port: Annotated[
+        int, Meta(ge=0, le=65_535, description="Port on which a worker answers probes; 0: none.")
+    ] = 0
+    # Every address: who opens the port wants it for probes, which come from outside of the container; and its answers
+    # hold pids and counts, no data.
+    health_host: Annotated[str, Meta(description="Address of that port.")] = "0.0.0.0"  # noqa: S104
 
     max_attempts: Annotated[
         int,

@@ -1,27 +1,43 @@
-"""`clarion worker`: runs the handlers of a module."""
+"""`clarion worker`: runs the handlers of a module, in this process or in several below a supervisor."""
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import traceback
-from types import ModuleType
+from contextlib import ExitStack
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import click
+import msgspec
 
-from clarion.cli import report
-from clarion.cli.options import COMMON, prepare, setting_flags
+from clarion.cli import EXIT_USAGE, report
+from clarion.cli.options import COMMON, as_environment, prepare, setting_flags
 from clarion.errors import UsageError
+from clarion.settings import Settings
 
 if TYPE_CHECKING:
     from clarion_worker import Worker
+    from clarion_worker.pulse import Tell
     from clarion_worker.service import WorkerService
 
 
 # What a drain takes at most beyond its own time: a last claim, the handlers' grace, their outcomes, a goodbye.
 _STOP_MARGIN_SECONDS = 10.0
+# A process that has not even ended itself by then is killed by its supervisor.
+_KILL_MARGIN_SECONDS = _STOP_MARGIN_SECONDS + 5
+
+
+class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run; `reports_fd` is where a process below a supervisor says how it is."""
+
+    target: str | None
+    queues: str
+    with_demo: bool
+    reports_fd: int | None
 
 
 @click.command("worker")
@@ -29,23 +45,130 @@ _STOP_MARGIN_SECONDS = 10.0
 @click.option("--queues", default="", help="Queues to work on, comma-separated; default: those that the tasks name.")
 @click.option("--demo", "with_demo", is_flag=True, help="Also run the built-in demo.* tasks.")
 @click.option("--until-stdin-closes", is_flag=True, hidden=True, help="End when the parent process does.")
-@setting_flags(*COMMON, "concurrency", "lease_seconds", "drain_timeout_seconds", "hang_after_seconds")
-def command(*, target: str | None, queues: str, with_demo: bool, until_stdin_closes: bool, **flags: Any) -> None:
-    """Run jobs with the handlers of MODULE:NAME, a `clarion_worker.Worker`. Any number of these may run."""
-    from clarion.signals import stop_on_signals
-    from clarion_worker.service import WorkerService
+@click.option("--supervised", "reports_fd", type=int, hidden=True, help="The same, and say there how it is.")
+@setting_flags(*COMMON, "processes", "concurrency", "lease_seconds", "drain_timeout_seconds")
+@setting_flags("hang_after_seconds", "health_port", "health_host")
+def command(
+    *,
+    target: str | None,
+    queues: str,
+    with_demo: bool,
+    until_stdin_closes: bool,
+    reports_fd: int | None,
+    **flags: Any,
+) -> None:
+    """Run jobs with the handlers of MODULE:NAME, a `clarion_worker.Worker`. Any number of these may run.
+
+    With --processes N, a supervisor keeps N of them running: it hands them its signals, replaces those that die, and
+    answers probes for all. Concurrency, pool and leases are each process's own: N processes run N times --concurrency
+    jobs, over N times CLARION_POOL_MAX connections and two more each. To use all CPUs of a container: --processes auto.
+    """
+    from clarion.cpus import usable_cpus
+    from clarion_worker.pulse import die_with_supervisor
 
     settings = prepare(flags)
-    worker = _collect(target, with_demo=with_demo)
-    names = [name.strip() for name in queues.split(",") if name.strip()]
-    if until_stdin_closes:
+    options = WorkOptions(target=target, queues=queues, with_demo=with_demo, reports_fd=reports_fd)
+    count = usable_cpus() if settings.processes == "auto" else int(settings.processes)
+    if reports_fd is not None:
+        die_with_supervisor()
+    if until_stdin_closes or reports_fd is not None:
         threading.Thread(target=_leave_with_parent, name="clarion-parent", daemon=True).start()
+    sys.exit(_work(settings, options) if count == 1 else _supervise(settings, options, count))
+
+
+def _supervise(settings: Settings, options: WorkOptions, count: int) -> int:
+    """Keeps so many processes running; the exit code of all."""
+    from clarion.signals import stop_on_signals
+    from clarion_worker.supervisor import Launch, Supervisor
+
+    alone = msgspec.structs.replace(settings, processes="1", health_port=0)
+    launch = Launch(
+        command=_child_command(options),
+        environment=as_environment(alone),
+        drain_max_seconds=settings.drain_timeout_seconds + _KILL_MARGIN_SECONDS,
+        exit_refused=EXIT_USAGE,
+    )
 
     async def run() -> int:
-        async with stop_on_signals(within_seconds=settings.drain_timeout_seconds + _STOP_MARGIN_SECONDS) as stop:
-            return await _run_to_the_end(WorkerService(worker, settings, queues=names, stop=stop))
+        async with stop_on_signals() as stop:
+            supervisor = Supervisor(launch, settings, count=count, stop=stop)
+            if not settings.health_port:
+                return await supervisor.run()
+            from clarion.api.health_port import answering_probes, bind_health_port
 
-    sys.exit(anyio.run(run, backend_options={"use_uvloop": True}))
+            listening = bind_health_port(settings.health_host, settings.health_port)
+            async with answering_probes(listening, supervisor.look):
+                return await supervisor.run()
+
+    return anyio.run(run, backend_options={"use_uvloop": True})
+
+
+def _child_command(options: WorkOptions) -> list[str]:
+    # -P: nothing of the current directory stands in for a module of the standard library; the command itself looks
+    # for MODULE there.
+    return [
+        *(sys.executable, "-P", "-m", "clarion.cli", "worker"),
+        *([options.target] if options.target else []),
+        *(["--demo"] if options.with_demo else []),
+        *(["--queues", options.queues] if options.queues else []),
+        "--supervised",
+    ]
+
+
+def _work(settings: Settings, options: WorkOptions) -> int:
+    """Works in this process; its exit code."""
+    from clarion.signals import stop_on_signals
+    from clarion_worker.pulse import telling
+    from clarion_worker.service import WorkerService
+
+    worker = _collect(options.target, with_demo=options.with_demo)
+    names = [name.strip() for name in options.queues.split(",") if name.strip()]
+
+    async def run(tell: "Tell | None") -> int:
+        async with stop_on_signals(within_seconds=settings.drain_timeout_seconds + _STOP_MARGIN_SECONDS) as stop:
+            service = WorkerService(worker, settings, queues=names, stop=stop)
+            if options.reports_fd is not None:
+                _heed_one_signal()
+            if tell is None:
+                return await _run_to_the_end(service)
+            async with telling(tell, lambda: service.vitals, settings, stop):
+                return await _run_to_the_end(service)
+
+    with ExitStack() as stack:
+        tell = _open_reports(settings, options, stack)
+        return anyio.run(run, tell, backend_options={"use_uvloop": True})
+
+
+def _open_reports(settings: Settings, options: WorkOptions, stack: ExitStack) -> "Tell | None":
+    """Where this process says how it is: to its supervisor, or on a health port of its own, or nowhere."""
+    from clarion_worker.pulse import teller
+
+    if options.reports_fd is not None:
+        return teller(options.reports_fd)
+    if not settings.health_port:
+        return None
+    from clarion.api.health_port import answering_probes_in_thread, bind_health_port
+    from clarion.probes import WatchedProcess
+
+    listening = bind_health_port(settings.health_host, settings.health_port)
+    watched = WatchedProcess(hang_after_seconds=settings.hang_after_seconds, pid=os.getpid())
+    stack.enter_context(answering_probes_in_thread(listening, lambda: [watched.health()]))
+    return watched.hear
+
+
+def _heed_one_signal() -> None:
+    """Below a supervisor, what comes after the first signal says nothing new: a service manager signals every process,
+    and the supervisor hands on what it got. It is the supervisor that ends in a hurry, and this process with it."""
+    heed, heeded = signal.getsignal(signal.SIGTERM), False
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal heeded
+        if not heeded and callable(heed):
+            heeded = True
+            heed(number, frame)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)
 
 
 async def _run_to_the_end(service: "WorkerService") -> int:
