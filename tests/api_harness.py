@@ -79,7 +79,7 @@ class PlainEndings(Endings):
 
 def services_over(store: Store, settings: Settings, *, enqueuer: Adder | None = None, **changes: Any) -> Services:
     """Services of a process with these settings; `changes` are to single settings."""
-    settings = msgspec.structs.replace(settings, **changes)
+    settings = msgspec.structs.replace(settings, **{"batch_max": 1} | changes)
     ringer = Ringer(store, settings)
     return Services(
         store=store,

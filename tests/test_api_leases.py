@@ -1,7 +1,8 @@
 """Workers over HTTP: claiming jobs, keeping them, and what they say meanwhile."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from socket import SHUT_RDWR
 from string import ascii_letters, digits
@@ -21,7 +22,7 @@ from clarion.api.lease_tokens import decode_lease_token, encode_lease_token
 from clarion.api.services import Services
 from clarion.db import Database
 from clarion.errors import Unavailable
-from clarion.execution import Lease, Policy
+from clarion.execution import Lease, Policy, Ready, Share
 from clarion.job import NewJob
 from clarion.main import bind, running_services, serve
 from clarion.settings import Settings
@@ -30,6 +31,7 @@ from clarion.wake import Ring
 from store_actions import Session
 
 WORKER = str(uuid4())
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 CUT_OFF = """
     select pg_terminate_backend(pid) from pg_stat_activity
     where application_name = 'clarion listener' and datname = current_database()
@@ -272,16 +274,9 @@ class CountingStore(Store):
         self.go_on = anyio.Event()
         self.go_on.set()
 
-    async def claim_jobs(
-        self,
-        worker_id: UUID,
-        claim_max: Mapping[str, int],
-        policies: Mapping[str, Policy] | None,
-        *,
-        lease_seconds: float,
-    ) -> list[Lease]:
+    async def claim_jobs(self, shares: Sequence[Share], policies: Mapping[str, Policy] | None) -> list[list[Lease]]:
         self.claims += 1
-        leases = await super().claim_jobs(worker_id, claim_max, policies, lease_seconds=lease_seconds)
+        leases = await super().claim_jobs(shares, policies)
         self.answered += 1
         await self.go_on.wait()
         return leases
@@ -299,7 +294,7 @@ def counting(database: Database, settings: Settings) -> CountingStore:
 @asynccontextmanager
 async def serving(store: Store, settings: Settings, **changes: Any) -> AsyncIterator[tuple[Services, int]]:
     """The API with all that runs behind it, and its port."""
-    changed = msgspec.structs.replace(settings, **changes)
+    changed = msgspec.structs.replace(settings, **{"batch_max": 1} | changes)
     async with running_services(store, changed) as services, listening(services) as port:
         yield services, port
         services.claims.close()
@@ -339,6 +334,47 @@ async def test_a_job_that_comes_is_answered_without_a_sweep(counting: CountingSt
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
             job = (await http.post("/v1/jobs", json={"task": "work"})).json()
         assert [lease["id"] for lease in await leases_in(stream)] == [job["id"]]
+
+
+async def test_a_job_that_goes_before_others_is_claimed_first_by_who_comes_after_its_answer(
+    store: Store, settings: Settings
+) -> None:
+    async with (
+        serving(store, settings, sweep_seconds=300, batch_max=500) as (_, port),
+        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+    ):
+        for priority in (0, 0, 5, 9):
+            added = (await http.post("/v1/jobs", json={"task": "work", "priority": priority})).json()
+            claimed = await http.post("/v1/leases", json={"worker": WORKER, "queues": ["default"]})
+            if priority:
+                assert [lease["id"] for lease in claimed.json()["leases"]] == [added["id"]]
+
+
+async def test_claims_at_once_share_statements_and_no_job(
+    counting: CountingStore, settings: Settings, database: Database
+) -> None:
+    await enqueue(counting, 20)
+    counting.go_on = anyio.Event()
+    got: list[str] = []
+
+    async def claim(http: httpx2.AsyncClient) -> None:
+        claimed = await http.post("/v1/leases", json={"worker": str(uuid4()), "queues": ["default"]})
+        got.extend(lease["id"] for lease in claimed.json()["leases"])
+
+    async with (
+        serving(counting, settings, sweep_seconds=300, batch_max=500) as (_, port),
+        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        anyio.create_task_group() as group,
+    ):
+        for _ in range(20):
+            group.start_soon(claim, http)
+        await counting.until(answered=1)
+        # Each is on the list of workers before it claims.
+        while len(await database.fetch("select from clarion.workers")) < 20:
+            pass
+        counting.go_on.set()
+    assert len(set(got)) == 20
+    assert counting.claims < 10
 
 
 async def test_one_job_costs_one_claim_however_many_wait(counting: CountingStore, settings: Settings) -> None:
@@ -397,8 +433,8 @@ async def test_what_was_claimed_for_a_client_that_hung_up_just_then_is_handed_ba
     class HangingUp(CountingStore):
         hang_up: Callable[[], None]
 
-        async def claim_jobs(self, *args: Any, **options: Any) -> list[Lease]:
-            leases = await super().claim_jobs(*args, **options)
+        async def claim_jobs(self, *args: Any) -> list[list[Lease]]:
+            leases = await super().claim_jobs(*args)
             self.hang_up()
             return leases
 
@@ -460,7 +496,7 @@ async def test_beyond_the_bound_a_claim_is_told_to_come_back(counting: CountingS
 
 async def test_in_weather_a_claim_is_told_to_come_back(database: Database, settings: Settings) -> None:
     class Away(CountingStore):
-        async def claim_jobs(self, *args: Any, **options: Any) -> list[Lease]:
+        async def claim_jobs(self, *_args: Any) -> list[list[Lease]]:
             raise Unavailable("the database is away")
 
     services = services_over(Away(database, settings), settings)
@@ -484,7 +520,7 @@ async def test_in_process_a_ring_is_enough(services: Services, client: httpx2.As
         group.start_soon(wait)
         await waiters(services, 1)
         await enqueue(services.store)
-        services.claims.hear(Ring({"default": 1}))
+        services.claims.hear(Ring({"default": Ready(1, LONG_AGO)}))
     assert len(found) == 1
 
 
@@ -831,6 +867,6 @@ async def test_a_claim_says_how_long_it_waited(services: Services, client: httpx
         while not services.claims.waiting:
             await anyio.lowlevel.checkpoint()
         await enqueue(store)
-        services.claims.hear(Ring({"default": 1}))
+        services.claims.hear(Ring({"default": Ready(1, LONG_AGO)}))
     [answer] = answers
     assert 0 < answer.json()["waited"] <= anyio.current_time() - sent

@@ -1,6 +1,6 @@
 """The coalescer on its own: who is flushed with whom, who gets which answer, and that nobody is left waiting."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -8,7 +8,7 @@ import anyio.lowlevel
 import pytest
 from anyio import wait_all_tasks_blocked
 
-from clarion.batcher import Batcher
+from clarion.batcher import Batcher, Batchers
 from clarion.db import Locked
 from clarion.errors import ClarionError, Overloaded, Unavailable, Unstorable
 
@@ -18,9 +18,10 @@ Decide = Callable[[Sequence[int]], ClarionError | Exception | None]
 class Statement:
     """A flush that waits at a gate and then answers every item with ten times itself, or raises what `decide` says."""
 
-    def __init__(self, decide: Decide | None = None, *, is_open: bool = True) -> None:
+    def __init__(self, decide: Decide | None = None, *, is_open: bool = True, at_once: int = 1) -> None:
         self.batches: list[list[int]] = []
         self.running = 0
+        self._at_once = at_once
         self._decide = decide
         self._gate = anyio.Event()
         if is_open:
@@ -29,8 +30,13 @@ class Statement:
     def open(self) -> None:
         self._gate.set()
 
+    def open_once(self) -> None:
+        """For the flush that waits; the next one waits again."""
+        self._gate.set()
+        self._gate = anyio.Event()
+
     async def __call__(self, items: Sequence[int]) -> list[int]:
-        assert self.running == 0, "two flushes at once"
+        assert self.running < self._at_once, "more flushes at once than wanted"
         self.batches.append(list(items))
         self.running += 1
         try:
@@ -70,17 +76,34 @@ class Callers:
         return {item: outcome for item, outcome in self.outcomes.items() if isinstance(outcome, int)}
 
 
+class Running:
+    """Something that runs in a scope of its own; the test goes on when it is ended."""
+
+    def __init__(self, run: Callable[[], Awaitable[None]]) -> None:
+        self._run = run
+        self._scope = anyio.CancelScope()
+
+    async def __call__(self) -> None:
+        with self._scope:
+            await self._run()
+
+    async def end(self) -> None:
+        self._scope.cancel()
+        await wait_all_tasks_blocked()
+
+
 @asynccontextmanager
 async def running(
     statement: Statement, *, batch_max: int = 100, buffer_max: int = 100
-) -> AsyncIterator[tuple[Callers, anyio.abc.TaskGroup]]:
-    """A batcher that runs, and callers; the group holds `run` alone."""
+) -> AsyncIterator[tuple[Callers, Running]]:
+    """A batcher that runs, and callers."""
     batcher = Batcher(statement, batch_max=batch_max, buffer_max=buffer_max)
-    async with anyio.create_task_group() as callers, anyio.create_task_group() as runner:
-        runner.start_soon(batcher.run)
+    async with anyio.create_task_group() as group:
+        runner = Running(batcher.run)
+        group.start_soon(runner)
         await wait_all_tasks_blocked()
-        yield Callers(batcher, callers), runner
-        runner.cancel_scope.cancel()
+        yield Callers(batcher, group), runner
+        await runner.end()
 
 
 def raises_for(poison: set[int], error: type[ClarionError]) -> Decide:
@@ -159,6 +182,34 @@ async def test_a_caller_that_leaves_takes_nobody_along() -> None:
         statement.open()
         await wait_all_tasks_blocked()
     assert callers.outcomes == {1: 10, 3: 30}
+
+
+async def test_a_caller_that_leaves_in_the_middle_of_its_flush_takes_nobody_along() -> None:
+    statement = Statement(is_open=False)
+    async with running(statement) as (callers, _):
+        await callers.submit(0)
+        async with anyio.create_task_group() as leaving:
+            leaving.start_soon(callers.submit_one, 1)
+            await wait_all_tasks_blocked()
+            await callers.submit(2)
+            statement.open_once()
+            await wait_all_tasks_blocked()
+            assert statement.batches == [[0], [1, 2]]
+            leaving.cancel_scope.cancel()
+        statement.open()
+        await wait_all_tasks_blocked()
+        await callers.submit(3)
+    assert callers.outcomes == {0: 0, 2: 20, 3: 30}
+
+
+async def test_callers_of_one_flush_go_on_in_their_order() -> None:
+    statement = Statement(is_open=False)
+    async with running(statement) as (callers, _):
+        await callers.submit(9)
+        await callers.submit(5, 3, 7, 1)
+        statement.open()
+        await wait_all_tasks_blocked()
+    assert list(callers.outcomes) == [9, 5, 3, 7, 1]
 
 
 # -- The bound
@@ -255,8 +306,7 @@ async def test_at_the_end_nobody_is_left_waiting_and_nobody_may_come() -> None:
     async with running(statement) as (callers, runner):
         await callers.submit(1)
         await callers.submit(2, 3)
-        runner.cancel_scope.cancel()
-        await wait_all_tasks_blocked()
+        await runner.end()
         assert callers.refused() == {1: Unavailable, 2: Unavailable, 3: Unavailable}
         await callers.submit(4)
         assert callers.refused()[4] is Unavailable
@@ -321,3 +371,181 @@ async def test_a_batch_is_bounded_in_bytes_too() -> None:
             await anyio.lowlevel.checkpoint()
         group.cancel_scope.cancel()
     assert sizes == [3, 3, 3]
+
+
+# -- Batching off
+
+
+async def test_without_batching_each_call_is_a_flush_of_its_own_beside_the_others() -> None:
+    statement = Statement(is_open=False, at_once=3)
+    async with running(statement, batch_max=1) as (callers, _):
+        await callers.submit(1, 2, 3)
+        assert statement.running == 3
+        statement.open()
+        await wait_all_tasks_blocked()
+    assert statement.batches == [[1], [2], [3]]
+    assert callers.outcomes == {1: 10, 2: 20, 3: 30}
+
+
+async def test_without_batching_an_error_is_its_own_callers() -> None:
+    statement = Statement(raises_for({2}, Unavailable), is_open=False, at_once=3)
+    async with running(statement, batch_max=1) as (callers, _):
+        await callers.submit(1, 2, 3)
+        statement.open()
+        await wait_all_tasks_blocked()
+    assert callers.refused() == {2: Unavailable}
+    assert callers.answered() == {1: 10, 3: 30}
+
+
+async def test_without_batching_the_calls_under_way_are_bounded() -> None:
+    statement = Statement(is_open=False, at_once=2)
+    async with running(statement, batch_max=1, buffer_max=2) as (callers, _):
+        await callers.submit(1, 2, 3)
+        assert callers.refused() == {3: Overloaded}
+        statement.open()
+        await wait_all_tasks_blocked()
+        await callers.submit(4)
+    assert callers.answered() == {1: 10, 2: 20, 4: 40}
+
+
+async def test_without_batching_a_flush_comes_to_its_end_when_its_caller_is_cancelled() -> None:
+    """Else what was committed would be told to nobody: whoever flushes rings afterwards."""
+    ended = anyio.Event()
+    gate = anyio.Event()
+
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        await gate.wait()
+        ended.set()
+        return items
+
+    batcher = Batcher(flush, batch_max=1, buffer_max=10)
+    async with anyio.create_task_group() as leaving:
+        leaving.start_soon(batcher.submit, 1)
+        await wait_all_tasks_blocked()
+        leaving.cancel_scope.cancel()
+        gate.set()
+    assert ended.is_set()
+
+
+async def test_without_batching_nobody_may_come_after_the_end() -> None:
+    async with running(Statement(), batch_max=1) as (callers, runner):
+        await runner.end()
+        await callers.submit(1)
+    assert callers.refused() == {1: Unavailable}
+
+
+# -- A batcher for each kind
+
+
+class Kinds:
+    """Flushes of items by their first letter, each kind behind a gate of its own; the answer is the item twice."""
+
+    def __init__(self, *closed: str, poison: str = "", error: type[ClarionError] = Unavailable) -> None:
+        self.batches: list[tuple[str, list[str]]] = []
+        self.outcomes: dict[str, str | ClarionError] = {}
+        self._gates = {kind: anyio.Event() for kind in closed}
+        self._poison = poison
+        self._error = error
+
+    async def __call__(self, kind: str, items: Sequence[str]) -> list[str]:
+        self.batches.append((kind, list(items)))
+        if kind in self._gates:
+            await self._gates[kind].wait()
+        if self._poison in items:
+            raise self._error("no")
+        return [item * 2 for item in items]
+
+    def open(self, kind: str) -> None:
+        self._gates[kind].set()
+
+    async def submit_one(self, batchers: Batchers[str, str, str], item: str) -> None:
+        try:
+            self.outcomes[item] = await batchers.submit(item[0], item)
+        except ClarionError as error:
+            self.outcomes[item] = error
+
+    @asynccontextmanager
+    async def submitting(
+        self, *, batch_max: int = 100, buffer_max: int = 100
+    ) -> AsyncIterator[tuple[Callable[..., Awaitable[None]], Running]]:
+        """Something to submit with, which returns once nothing moves any more; and the batchers that run."""
+        batchers: Batchers[str, str, str] = Batchers(self, batch_max=batch_max, buffer_max=buffer_max)
+        async with anyio.create_task_group() as group:
+
+            async def submit(*items: str) -> None:
+                for item in items:
+                    group.start_soon(self.submit_one, batchers, item)
+                await wait_all_tasks_blocked()
+
+            await submit("early")
+            runner = Running(batchers.run)
+            group.start_soon(runner)
+            await wait_all_tasks_blocked()
+            yield submit, runner
+            await runner.end()
+
+
+async def test_a_set_holds_one_kind_and_no_kind_waits_for_another() -> None:
+    kinds = Kinds("a")
+    async with kinds.submitting() as (submit, _):
+        await submit("a1", "b1", "a2", "b2", "a3")
+        await submit("b3")
+        assert kinds.outcomes.keys() == {"early", "b1", "b2", "b3"}
+        kinds.open("a")
+        await wait_all_tasks_blocked()
+        await submit("a4")
+    assert [items for kind, items in kinds.batches if kind == "a"] == [["a1", "a2", "a3"], ["a4"]]
+    assert [items for kind, items in kinds.batches if kind == "b"] == [["b1", "b2"], ["b3"]]
+    assert kinds.outcomes["a3"] == "a3a3"
+
+
+async def test_what_comes_during_a_flush_of_its_kind_goes_together_next() -> None:
+    kinds = Kinds("a")
+    async with kinds.submitting() as (submit, _):
+        await submit("a1")
+        await submit("a2", "a3")
+        kinds.open("a")
+        await wait_all_tasks_blocked()
+    assert [items for kind, items in kinds.batches if kind == "a"] == [["a1"], ["a2", "a3"]]
+
+
+async def test_weather_of_one_kind_is_told_to_nobody_else() -> None:
+    kinds = Kinds("a", poison="a1")
+    async with kinds.submitting() as (submit, _):
+        await submit("a1", "a2", "b1")
+        kinds.open("a")
+        await wait_all_tasks_blocked()
+        await submit("a3")
+    assert {item for item, outcome in kinds.outcomes.items() if isinstance(outcome, Unavailable)} == {"a1", "a2"}
+
+
+async def test_the_bound_is_one_for_all_kinds() -> None:
+    kinds = Kinds("a", "b")
+    async with kinds.submitting(buffer_max=2) as (submit, _):
+        await submit("a1", "b1", "c1")
+        assert kinds.outcomes.keys() == {"early", "c1"}
+        assert isinstance(kinds.outcomes["c1"], Overloaded)
+        kinds.open("a")
+        await submit()
+        await submit("c2")
+        kinds.open("b")
+    assert kinds.outcomes["c2"] == "c2c2"
+
+
+async def test_at_the_end_no_caller_of_any_kind_is_left_waiting() -> None:
+    kinds = Kinds("a", "b")
+    async with kinds.submitting() as (submit, runner):
+        await submit("a1", "b1", "a2")
+        await runner.end()
+        await submit("c1")
+    late = {"a1", "b1", "a2", "c1"}
+    assert {item for item, outcome in kinds.outcomes.items() if isinstance(outcome, Unavailable)} == late
+
+
+async def test_without_batching_kinds_make_no_difference() -> None:
+    kinds = Kinds("a")
+    async with kinds.submitting(batch_max=1) as (submit, _):
+        await submit("a1", "a2", "b1")
+        assert [items for _, items in kinds.batches] == [["early"], ["a1"], ["a2"], ["b1"]]
+        kinds.open("a")
+    assert len(kinds.outcomes) == 4

@@ -1,7 +1,8 @@
 """The hub of waiting claims: who is woken by what, and what becomes of the hints that nobody used."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
@@ -9,15 +10,18 @@ from uuid import UUID, uuid4
 import anyio
 import msgspec
 import pytest
+from anyio import wait_all_tasks_blocked
 
 from clarion.claims import Ask, Claims
 from clarion.db import Database
 from clarion.errors import Overloaded, Unavailable
-from clarion.execution import Lease, Policy
+from clarion.execution import Lease, Policy, Ready, Share
 from clarion.job import NewJob
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import Ring
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 class CountingStore(Store):
@@ -32,18 +36,11 @@ class CountingStore(Store):
         self.go_on.set()
         self.fails_at = 0
 
-    async def claim_jobs(
-        self,
-        worker_id: UUID,
-        claim_max: Mapping[str, int],
-        policies: Mapping[str, Policy] | None,
-        *,
-        lease_seconds: float,
-    ) -> list[Lease]:
-        self.claims.append((worker_id, dict(claim_max)))
+    async def claim_jobs(self, shares: Sequence[Share], policies: Mapping[str, Policy] | None) -> list[list[Lease]]:
+        self.claims.append((shares[0].worker_id, {share.queue: share.jobs_max for share in shares}))
         if len(self.claims) == self.fails_at:
             raise Unavailable("the database is away")
-        leases = await super().claim_jobs(worker_id, claim_max, policies, lease_seconds=lease_seconds)
+        leases = await super().claim_jobs(shares, policies)
         self.answered += 1
         self.held.set()
         await self.go_on.wait()
@@ -61,7 +58,8 @@ def counting(database: Database, settings: Settings) -> CountingStore:
 
 @pytest.fixture
 def claims(counting: CountingStore, settings: Settings) -> Claims:
-    return Claims(counting, settings)
+    """A hub each of whose claims is a statement of its own, so that they can be counted."""
+    return Claims(counting, msgspec.structs.replace(settings, batch_max=1))
 
 
 class Line:
@@ -75,14 +73,18 @@ class Line:
 
     async def join(self, *asks: Ask, wait_seconds: float = 60) -> None:
         """Returns once all of them wait."""
-        store: Any = self.claims._store
+        store: Any = self.claims._joint._store
         before = store.answered + sum(len(ask.queues) for ask in asks)
         for ask in asks:
-            self.scopes.append(anyio.CancelScope())
-            self.got.append(None)
-            self.group.start_soon(partial(self._claim, len(self.got) - 1, ask, wait_seconds=wait_seconds))
+            self.come(ask, wait_seconds=wait_seconds)
         while store.answered < before or self.claims.waiting < self.waiting:
             await anyio.lowlevel.checkpoint()
+
+    def come(self, ask: Ask, *, wait_seconds: float = 60) -> None:
+        """One more who claims; returns at once."""
+        self.scopes.append(anyio.CancelScope())
+        self.got.append(None)
+        self.group.start_soon(partial(self._claim, len(self.got) - 1, ask, wait_seconds=wait_seconds))
 
     async def _claim(self, place: int, ask: Ask, *, wait_seconds: float) -> None:
         with self.scopes[place]:
@@ -121,6 +123,11 @@ def ask(*queues: str, tasks: set[str] | None = None, jobs_max: int = 1) -> Ask:
 
 async def enqueue(store: Store, count: int = 1, **options: Any) -> None:
     await store.enqueue_jobs([NewJob(**{"task": "work"} | options)] * count)
+
+
+def ring(**jobs: int) -> Ring:
+    """So many jobs became ready in each of these queues, at any place in line."""
+    return Ring({queue: Ready(count, LONG_AGO) for queue, count in jobs.items()})
 
 
 async def asleep(store: CountingStore, claims: int) -> None:
@@ -196,7 +203,7 @@ async def test_a_ring_wakes_one_of_three_for_one_job_and_the_others_sleep_on(
     async with a_line(claims) as line:
         await line.join(ask(), ask(), ask())
         await enqueue(counting)
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await line.until(served=1)
         await asleep(counting, claims=4)
         assert line.served == [1, 0, 0]
@@ -207,7 +214,7 @@ async def test_who_takes_several_jobs_is_woken_alone_for_them(claims: Claims, co
     async with a_line(claims) as line:
         await line.join(ask(jobs_max=3), ask(jobs_max=3), ask(jobs_max=3))
         await enqueue(counting, 5)
-        claims.hear(Ring({"default": 5}))
+        claims.hear(ring(default=5))
         await line.until(served=5)
         await asleep(counting, claims=5)
         assert sorted(line.served[:2]) == [2, 3]
@@ -216,7 +223,7 @@ async def test_who_takes_several_jobs_is_woken_alone_for_them(claims: Claims, co
 async def test_a_ring_of_another_queue_wakes_nobody(claims: Claims, counting: CountingStore) -> None:
     async with a_line(claims) as line:
         await line.join(ask("a"), ask("b"))
-        claims.hear(Ring({"c": 100}))
+        claims.hear(ring(c=100))
         claims.hear(Ring(scheduled=True))
         await asleep(counting, claims=2)
 
@@ -225,7 +232,7 @@ async def test_only_the_queue_that_was_rung_is_looked_at(claims: Claims, countin
     async with a_line(claims) as line:
         await line.join(ask("a", "b", "c"))
         await enqueue(counting, queue="b")
-        claims.hear(Ring({"b": 1}))
+        claims.hear(ring(b=1))
         await line.until(served=1)
         assert counting.claims[3:] == [(counting.claims[0][0], {"b": 1})]
 
@@ -235,7 +242,7 @@ async def test_a_ring_for_jobs_that_others_took_costs_one_claim_and_no_more(
 ) -> None:
     async with a_line(claims) as line:
         await line.join(*[ask(tasks={"work"}) for _ in range(5)])
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await asleep(counting, claims=6)
         assert claims.waiting == 5
 
@@ -244,7 +251,7 @@ async def test_a_job_of_another_task_is_left_to_who_takes_it(claims: Claims, cou
     async with a_line(claims) as line:
         await line.join(ask(tasks={"a"}), ask(tasks={"a"}), ask(tasks={"a", "b"}), ask(tasks={"b"}), ask())
         await enqueue(counting, task="b")
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await line.until(served=1)
         await asleep(counting, claims=7)
         assert line.served == [0, 0, 1, 0, 0]
@@ -255,7 +262,7 @@ async def test_a_ring_that_comes_during_the_first_look_is_heard(claims: Claims, 
         counting.hold_up()
         await line.join(ask())
         await enqueue(counting)
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         counting.go_on.set()
         await line.until(served=1)
 
@@ -267,10 +274,10 @@ async def test_a_ring_that_comes_while_its_hearer_takes_another_job_goes_to_the_
         await line.join(ask(), ask())
         counting.hold_up()
         await enqueue(counting)
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await counting.held.wait()
         await enqueue(counting)
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         counting.go_on.set()
         await line.until(served=2)
 
@@ -280,7 +287,7 @@ async def test_who_leaves_before_he_looked_passes_the_ring_on(claims: Claims, co
         await line.join(ask(), ask())
         await enqueue(counting)
         line.scopes[0].cancel()
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await line.until(served=1)
         assert line.served == [0, 1]
 
@@ -318,7 +325,7 @@ async def test_a_look_everywhere_reaches_every_sort_of_worker(claims: Claims, co
 
 
 async def test_a_job_that_nobody_rang_for_is_found_by_the_sweep(settings: Settings, counting: CountingStore) -> None:
-    claims = Claims(counting, msgspec.structs.replace(settings, sweep_seconds=0.01))
+    claims = Claims(counting, msgspec.structs.replace(settings, batch_max=1, sweep_seconds=0.01))
     async with a_line(claims) as line:
         await line.join(ask())
         await enqueue(counting)
@@ -357,6 +364,25 @@ async def test_a_claim_under_way_comes_to_its_end_when_its_caller_is_cancelled(
         await line.until(served=1)
 
 
+async def test_a_claim_that_shares_a_statement_comes_to_its_end_when_its_caller_is_cancelled(
+    settings: Settings, counting: CountingStore
+) -> None:
+    claims = Claims(counting, settings)
+    await enqueue(counting, 3)
+    async with a_line(claims) as line:
+        line.group.start_soon(claims.run)
+        counting.hold_up()
+        await line.join(ask())
+        for _ in range(2):  # they go together, once the first is answered
+            line.come(ask())
+            await wait_all_tasks_blocked()
+        line.scopes[1].cancel()
+        counting.go_on.set()
+        await line.until(served=3)
+        assert line.served == [1, 1, 1]
+        assert len(counting.claims) == 2
+
+
 async def test_closing_lets_everybody_go_and_later_ones_only_look(claims: Claims, counting: CountingStore) -> None:
     async with a_line(claims) as line:
         await line.join(ask(), ask("a", "b"))
@@ -370,7 +396,7 @@ async def test_closing_lets_everybody_go_and_later_ones_only_look(claims: Claims
 
 
 async def test_the_number_of_those_who_wait_is_bounded(settings: Settings, counting: CountingStore) -> None:
-    claims = Claims(counting, msgspec.structs.replace(settings, waiters_max=2))
+    claims = Claims(counting, msgspec.structs.replace(settings, batch_max=1, waiters_max=2))
     async with a_line(claims) as line:
         await line.join(ask(), ask())
         with pytest.raises(Overloaded):
@@ -392,8 +418,8 @@ async def test_who_is_woken_into_weather_is_told_and_the_others_wait_on(
         line.group.start_soon(claim)
         await line.join(ask())
         counting.fails_at = 3
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await told.wait()
         await enqueue(counting)
-        claims.hear(Ring({"default": 1}))
+        claims.hear(ring(default=1))
         await line.until(served=1)

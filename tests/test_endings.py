@@ -1,6 +1,7 @@
 """The calls of those who hold leases, coalesced: each gets its own answer, and workers hear of what became ready."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -9,10 +10,11 @@ import pytest
 from clarion.db import Database
 from clarion.endings import Endings, unstorable
 from clarion.errors import ClarionError, Overloaded, Unstorable
-from clarion.execution import Beat, Completion, Ended, Heartbeat, Lease, LogLine, Release, Snoozing
+from clarion.execution import Beat, Completion, Ended, Heartbeat, Lease, LogLine, Ready, Release, Snoozing
 from clarion.settings import Settings
 from clarion.store import Store
-from clarion.wake import Ring, Ringer, decode_ring
+from clarion.wake import Ringer, decode_ring
+from recording import Rung, rung
 from store_actions import Jobs, beat, failure, line, with_token
 
 MINUTE = 60.0
@@ -24,14 +26,14 @@ class Watched(Store):
     def __init__(self, database: Database, settings: Settings) -> None:
         super().__init__(database, settings)
         self.beats: list[list[Beat]] = []
-        self.rings: list[Ring] = []
+        self.rings: list[Rung] = []
 
     async def heartbeat_jobs(self, beats: Sequence[Beat]) -> list[Heartbeat]:
         self.beats.append(list(beats))
         return await super().heartbeat_jobs(beats)
 
     async def ring(self, channel: str, payloads: Sequence[str]) -> None:
-        self.rings += [decode_ring(payload) for payload in payloads]
+        self.rings += [rung(decode_ring(payload)) for payload in payloads]
         await super().ring(channel, payloads)
 
 
@@ -123,6 +125,16 @@ async def test_the_same_call_twice_at_once_ends_the_attempt_once(jobs: Jobs, end
     )
     assert (first.state, first.replayed) == ("succeeded", False)
     assert (again.state, again.replayed, again.completion_key, again.result) == ("succeeded", True, "1", "1")
+
+
+async def test_without_batching_calls_at_once_are_statements_of_their_own(
+    jobs: Jobs, watched: Watched, ringer: Ringer
+) -> None:
+    leases = [await jobs.run() for _ in range(3)]
+    endings = Endings(watched, ringer, buffer_max=10, batch_max=1)
+    answers = await together(endings, *[endings.beat(beat(lease)) for lease in leases])
+    assert [answer.token for answer in answers] == [lease.token for lease in leases]
+    assert [len(beats) for beats in watched.beats] == [1, 1, 1]
 
 
 # -- Beats
@@ -224,7 +236,7 @@ async def test_what_became_ready_rings_its_queue(
     leases = [await jobs.run(queue=queue) for queue in ("a", "b", "b")]
     await together(endings, *[endings.end(Release(lease.id, lease.token)) for lease in leases])
     await ringer.step()
-    assert watched.rings == [Ring({"a": 1, "b": 2})]
+    assert watched.rings == [Rung({"a": 1, "b": 2})]
 
 
 @pytest.mark.parametrize("ending", ["fail", "snooze"])
@@ -235,7 +247,7 @@ async def test_what_is_scheduled_rings_those_who_promote(
     call = failure(lease) if ending == "fail" else Snoozing(lease.id, lease.token, MINUTE)
     await together(endings, endings.end(call))
     await ringer.step()
-    assert watched.rings == [Ring(scheduled=True)]
+    assert watched.rings == [Rung(scheduled=True)]
 
 
 async def test_what_nobody_has_to_run_rings_nobody(
@@ -253,6 +265,6 @@ async def test_what_nobody_has_to_run_rings_nobody(
         endings.end(Release(cancelled.id, cancelled.token)),
         endings.end(Snoozing(snoozed.id, snoozed.token, MINUTE)),
     )
-    ringer.mark({"last": 1})
+    ringer.mark({"last": Ready(1, datetime.now(UTC))})
     await ringer.step()
-    assert watched.rings == [Ring({"last": 1})]
+    assert watched.rings == [Rung({"last": 1})]

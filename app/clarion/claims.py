@@ -11,12 +11,14 @@ In the last case there is nothing left for his tasks, so it goes to somebody wit
 
 Rings can be lost. So after each LISTEN, and in a jittered sweep, the heads of all lines get a hint of unknown size: who
 finds all he wanted passes it on to two others, so that a backlog wakes all it needs, and none costs one claim a queue.
+
+Those who look at the same time share a statement (`clarion/joint_claims.py`).
 """
 
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from operator import attrgetter
@@ -27,14 +29,13 @@ import msgspec
 
 from clarion.dealing import deal
 from clarion.errors import Overloaded, Unavailable
-from clarion.execution import Lease, Policy
+from clarion.execution import Lease, Ready
+from clarion.joint_claims import JointClaims, Tasks, Want
 from clarion.loops import Signal, jittered, run_forever
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import Ring
 
-# The tasks that somebody takes; None: any.
-_Tasks = frozenset[str] | None
 _NO_TASKS: frozenset[str] = frozenset()
 
 
@@ -43,7 +44,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: UUID
     queues: Sequence[str]
-    tasks: _Tasks
+    tasks: Tasks
     jobs_max: int
     lease_seconds: float
 
@@ -72,11 +73,11 @@ class Claims:
     """The claims of one process, `waiting` of them in line; without `run` and rings, who waits is served by no one."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self._store = store
+        self._joint = JointClaims(store, settings)
         self._waiters_max = settings.waiters_max
         self._sweep_seconds = settings.sweep_seconds
         # By queue and, since workers of one sort are many, by tasks; who came first at the head.
-        self._lines: dict[str, dict[_Tasks, dict[_Waiter, None]]] = {}
+        self._lines: dict[str, dict[Tasks, dict[_Waiter, None]]] = {}
         self._places = count()
         self._turn = 0
         self._closed = False
@@ -104,11 +105,20 @@ class Claims:
 
     def hear(self, ring: Ring) -> None:
         """Somebody made jobs ready."""
-        for queue, jobs in ring.queues.items():
-            self._tell(queue, _Hint(jobs))
+        self.expect(ring.queues)
+        for queue, ready in ring.queues.items():
+            self._tell(queue, _Hint(ready.jobs))
+
+    def expect(self, ready: Mapping[str, Ready]) -> None:
+        """Jobs became ready here, and the ring that wakes those who wait for them is on its way.
+
+        So whoever claims after an enqueue was answered sees its job, also one that goes before all others.
+        """
+        self._joint.expect(ready)
 
     def look_everywhere(self) -> None:
         """Rings may have been missed: every queue may have work."""
+        self._joint.look_everywhere()
         for queue in self._lines:
             self._tell(queue, _Hint(math.inf))
 
@@ -120,8 +130,10 @@ class Claims:
                 waiter.patience.cancel()
 
     async def run(self) -> None:
-        """Sweeps until it is cancelled; a sweep asks nothing while nobody waits."""
-        await run_forever(self._sweep, name="claims")
+        """Claims and sweeps until it is cancelled; a sweep asks nothing while nobody waits."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._joint.run)
+            await run_forever(self._sweep, name="claims")
 
     async def _sweep(self) -> float:
         self.look_everywhere()
@@ -193,16 +205,14 @@ class Claims:
         """Claims until there is enough or nothing more; also the queues that have nothing more."""
         leases: list[Lease] = []
         hungry, emptied = set(queues), set[str]()
-        policies = None if ask.tasks is None else dict.fromkeys(ask.tasks, Policy())
         # Never cancelled half-way: a claim whose answer is thrown away strands its jobs until the leases run out.
         with anyio.CancelScope(shield=True):
             while hungry and len(leases) < ask.jobs_max:
                 self._turn += 1
                 claim_max = deal(ask.jobs_max - len(leases), hungry, turn=self._turn)
+                want = Want(worker_id=ask.worker_id, claim_max=claim_max, lease_seconds=ask.lease_seconds)
                 try:
-                    found = await self._store.claim_jobs(
-                        ask.worker_id, claim_max, policies, lease_seconds=ask.lease_seconds
-                    )
+                    found = await self._joint.claim(ask.tasks, want)
                 except Unavailable:
                     if not leases:
                         raise

@@ -5,6 +5,7 @@ for one counts for the other. Nothing is repeated here: an `Unavailable` goes to
 again with the same token.
 """
 
+from asyncio import Future
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -14,11 +15,12 @@ from anyio.abc import TaskGroup
 from clarion.batcher import Batcher
 from clarion.execution import Beat, Completed, Completion, Ended, Failure, Heartbeat, LogLine, Release, Snoozing
 from clarion.job import DeadReason, JobState
+from clarion.settings import Settings
 from clarion.store import Store
 from clarion.texts import storable
 from clarion.wake import Ringer
 
-_BATCH_MAX = 500
+_BATCH_MAX = Settings().batch_max
 # Calls with log lines hold up to a thousand each.
 _LINES_BATCH_MAX = 20
 
@@ -26,12 +28,16 @@ Ending = Completion | Failure | Snoozing | Release
 
 
 class Endings:
-    """Batchers for what a lease token allows; `buffer_max` bounds the calls of a verb that wait for a commit."""
+    """Batchers for what a lease token allows.
 
-    def __init__(self, store: Store, ringer: Ringer, *, buffer_max: int) -> None:
+    `buffer_max` bounds the calls of a verb that wait for a commit, `batch_max` those that one statement serves.
+    """
+
+    def __init__(self, store: Store, ringer: Ringer, *, buffer_max: int, batch_max: int = _BATCH_MAX) -> None:
         self._store = store
         self._ringer = ringer
-        limits: dict[str, Any] = {"batch_max": _BATCH_MAX, "buffer_max": buffer_max}
+        self.batching = batch_max > 1
+        limits: dict[str, Any] = {"batch_max": batch_max, "buffer_max": buffer_max}
         self._completions: Batcher[Completion, Completed] = Batcher(
             store.complete_jobs, **limits, weigh=lambda completion: len(completion.result or "")
         )
@@ -44,7 +50,7 @@ class Endings:
             self._beat, **limits, weigh=lambda beat: len(beat.checkpoint or "") + len(beat.progress or "")
         )
         self._lines: Batcher[Sequence[LogLine], Sequence[bool | None]] = Batcher(
-            self._log, batch_max=_LINES_BATCH_MAX, buffer_max=buffer_max
+            self._log, batch_max=min(batch_max, _LINES_BATCH_MAX), buffer_max=buffer_max
         )
 
     def start(self, group: TaskGroup) -> None:
@@ -67,6 +73,18 @@ class Endings:
                 return await self._snoozings.submit(ending)
             case Release():
                 return await self._releases.submit(ending)
+
+    def post(self, ending: Ending) -> Future[Completed] | Future[Ended]:
+        """Ends an attempt, and does not wait for the answer, which will be in the future: see `Batcher.post`."""
+        match ending:
+            case Completion():
+                return self._completions.post(ending)
+            case Failure():
+                return self._failures.post(ending)
+            case Snoozing():
+                return self._snoozings.post(ending)
+            case Release():
+                return self._releases.post(ending)
 
     async def beat(self, beat: Beat) -> Heartbeat | None:
         """Extends one lease; None where it is lost."""

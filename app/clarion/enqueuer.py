@@ -4,7 +4,6 @@ Jobs with an idempotency key have a batcher of their own: a statement that runs 
 committing waits for it, and whoever enqueues without keys is not to wait too.
 """
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
@@ -12,6 +11,7 @@ import anyio
 from clarion.batcher import Batcher
 from clarion.db import Locked
 from clarion.errors import IdempotencyInFlight
+from clarion.execution import ready_by_queue
 from clarion.job import Enqueued, JobState, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
@@ -26,7 +26,10 @@ class Enqueuer:
     def __init__(self, store: Store, ringer: Ringer, settings: Settings) -> None:
         self._store = store
         self._ringer = ringer
-        limits = {"batch_max": settings.batch_max_jobs, "buffer_max": settings.enqueue_buffer_max_jobs}
+        limits = {
+            "batch_max": min(settings.batch_max, settings.batch_max_jobs),
+            "buffer_max": settings.enqueue_buffer_max_jobs,
+        }
         self._keyless: Batcher[NewJob, Enqueued] = Batcher(self._add, **limits, weigh=_weigh)
         self._keyed: Batcher[NewJob, Enqueued] = Batcher(self._add_keyed, **limits, weigh=_weigh)
 
@@ -59,9 +62,9 @@ class Enqueuer:
 
     async def _add(self, jobs: Sequence[NewJob]) -> list[Enqueued]:
         added = await self._store.enqueue_jobs(jobs)
-        new = [(job.queue, answer.state) for job, answer in zip(jobs, added, strict=True) if answer.request is None]
-        ready = Counter(queue for queue, state in new if state == JobState.READY)
-        self._ringer.mark(ready, scheduled=any(state == JobState.SCHEDULED for _, state in new))
+        new = [(job, answer) for job, answer in zip(jobs, added, strict=True) if answer.request is None]
+        ready = ready_by_queue((job.queue, answer.sort_key) for job, answer in new if answer.state == JobState.READY)
+        self._ringer.mark(ready, scheduled=any(answer.state == JobState.SCHEDULED for _, answer in new))
         return added
 
     async def _add_keyed(self, jobs: Sequence[NewJob]) -> list[Enqueued]:

@@ -1,9 +1,10 @@
 """The composition root of the API: pool, store, batchers, ringer, waits, claims behind the routes; and the server."""
 
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from uuid import UUID
 
 import anyio
 import structlog
@@ -17,6 +18,7 @@ from clarion.endings import Endings
 from clarion.enqueuer import Enqueuer
 from clarion.errors import UsageError
 from clarion.events import Event
+from clarion.execution import Ready
 from clarion.ground import is_ground_safe, wait_for_ground
 from clarion.loops import run_forever
 from clarion.maintenance import Maintenance
@@ -35,11 +37,11 @@ _BACKLOG = 2048
 @asynccontextmanager
 async def running_services(store: Store, settings: Settings) -> AsyncIterator[Services]:
     """What the routes need, with its background tasks running. A bug in one ends the block, and so the process."""
-    ringer = Ringer(store, settings)
-    enqueuer = Enqueuer(store, ringer, settings)
-    endings = Endings(store, ringer, buffer_max=settings.enqueue_buffer_max_jobs)
-    waits = Waits(store, settings)
     claims = Claims(store, settings)
+    ringer = _NearRinger(store, settings, claims)
+    enqueuer = Enqueuer(store, ringer, settings)
+    endings = Endings(store, ringer, buffer_max=settings.enqueue_buffer_max_jobs, batch_max=settings.batch_max)
+    waits = Waits(store, settings)
     listener = Listener(settings, on_ring=claims.hear, on_connect=claims.look_everywhere)
     async with anyio.create_task_group() as group:
         group.start_soon(enqueuer.run)
@@ -111,6 +113,26 @@ def url_of(listening: socket.socket) -> str:
     """Where a bound socket answers."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _NearRinger(Ringer):
+    """Tells the claims of its own process at once, before anybody is answered who could expect to get these jobs."""
+
+    def __init__(self, store: Store, settings: Settings, claims: Claims) -> None:
+        super().__init__(store, settings)
+        self._claims = claims
+
+    def mark(
+        self,
+        ready: Mapping[str, Ready] | None = None,
+        *,
+        scheduled: bool = False,
+        cancelled: Iterable[UUID] = (),
+        hops: int = 0,
+    ) -> None:
+        """Notes it for the others."""
+        self._claims.expect(ready or {})
+        super().mark(ready, scheduled=scheduled, cancelled=cancelled, hops=hops)
 
 
 class _Server(uvicorn.Server):
