@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Proves that the tests can fail: makes each mistake of `defects.toml` in a copy of the tree, and runs its tests there.
+"""Proves that the tests can fail: makes each mistake of `defects*.toml` in a copy of the tree, and runs its tests.
 
 A defect is caught when its tests pass without it and fail with it. One that survives, or no longer applies, is an
 error.
@@ -27,7 +27,7 @@ from rich.table import Table
 from clarion.embedded import running_postgres
 
 ROOT = Path(__file__).resolve().parents[1]
-CATALOG = Path(__file__).with_name("defects.toml")
+CATALOGS = ("defects.toml", "defects_of_waking.toml")
 COPIED = ("app", "worker", "sql", "tests", "scripts", "pyproject.toml")
 TIMEOUT_SECONDS = 180
 # What the tests of the copy import, and read: to be sure that it is the copy's.
@@ -87,8 +87,9 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def catalog() -> list[Defect]:
-    """Every defect, in the order of the file."""
-    return msgspec.convert(tomllib.loads(CATALOG.read_text(encoding="utf-8"))["defect"], list[Defect])
+    """Every defect, in the order of the files."""
+    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CATALOGS]
+    return msgspec.convert([defect for text in texts for defect in tomllib.loads(text)["defect"]], list[Defect])
 
 
 class Copy:

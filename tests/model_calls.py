@@ -23,6 +23,7 @@ from clarion.job import DeadReason, JobChange, JobState, NewJob
 from clarion.store import Store
 from job_model import LOST, JobModel
 from model_twins import Call, World
+from recording import amounts
 
 TASK = "t"
 QUEUE = "default"
@@ -288,7 +289,7 @@ def expire() -> Call:
 
 def promote() -> Call:
     async def make(store: Store) -> int:
-        return sum((await store.promote_jobs()).values())
+        return sum(amounts(await store.promote_jobs()).values())
 
     def foretell(world: World, _answer: int) -> int:
         return sum([job.promote() for job in world.jobs.values()])
@@ -298,7 +299,7 @@ def promote() -> Call:
 
 def release_unanswered(worker: UUID, known: frozenset[UUID]) -> Call:
     async def make(store: Store) -> int:
-        return sum((await store.release_unanswered_jobs(worker, sorted(known))).values())
+        return sum(amounts(await store.release_unanswered_jobs(worker, sorted(known))).values())
 
     def foretell(world: World, _answer: int) -> int:
         return sum([job.release_unanswered(worker, known) for job in world.jobs.values()])

@@ -49,6 +49,11 @@ EVERYTHING = """
 """
 
 
+def where(answer: Requeued | None) -> tuple[str | None, str | None] | None:
+    """The state and the queue of a job that was put back into line."""
+    return None if answer is None else (answer.state, answer.queue)
+
+
 class Jobs:
     """Jobs of one test; `store` is what it tests."""
 

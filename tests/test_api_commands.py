@@ -18,8 +18,7 @@ from clarion.db import Database
 from clarion.job import DeadReason, JobChange, Requeued
 from clarion.settings import Settings
 from clarion.store import Store
-from clarion.wake import Ring
-from recording import RecordingRinger
+from recording import RecordingRinger, Rung
 from store_actions import Jobs, failure
 
 MERGE_PATCH = {"content-type": "application/merge-patch+json"}
@@ -92,7 +91,7 @@ async def test_the_worker_of_a_running_job_is_asked_to_end_it(
     assert (answer.status_code, answer.json()["state"]) == (200, "running")
     assert answer.json()["cancel_requested_at"]
     assert await jobs.events(job_id) == [("cancel_requested", "api:ada", "running")]
-    assert ringer.heard() == [Ring(cancelled=[job_id])]
+    assert ringer.heard() == [Rung(cancelled=[job_id])]
 
 
 @pytest.mark.parametrize("state", ["ready", "scheduled", "dead", "running"])
@@ -127,7 +126,7 @@ async def test_a_job_is_run_again(client: httpx2.AsyncClient, ringer: RecordingR
     assert answer.json()["generation"] == (1 if state == "scheduled" else 2)
     [*_, last] = await jobs.store.list_events(job_id)
     assert (last.event, last.actor, last.detail) == ("retried", "api", "mended")
-    assert ringer.heard() == [Ring({"default": 1})]
+    assert ringer.heard() == [Rung({"default": 1})]
     assert [lease.id for lease in await jobs.claim()] == [job_id]
 
 
@@ -293,10 +292,10 @@ async def test_a_job_is_postponed_and_brought_forward(
     job_id = await in_state(jobs, "ready")
     postponed = (await patch(client, job_id, json={"delay": "1h"})).json()
     assert postponed["state"] == "scheduled"
-    assert ringer.heard() == [Ring(scheduled=True)]
+    assert ringer.heard() == [Rung(scheduled=True)]
     now = (await patch(client, job_id, json={"run_at": None})).json()
     assert (now["state"], now["run_at"] < postponed["run_at"]) == ("ready", True)
-    assert ringer.heard() == [Ring({"default": 1})]
+    assert ringer.heard() == [Rung({"default": 1})]
 
 
 async def test_a_job_is_moved_to_another_date(client: httpx2.AsyncClient, jobs: Jobs) -> None:
@@ -309,7 +308,7 @@ async def test_a_job_is_moved_to_another_date(client: httpx2.AsyncClient, jobs: 
 async def test_another_queue_is_rung(client: httpx2.AsyncClient, ringer: RecordingRinger, jobs: Jobs) -> None:
     job_id = await in_state(jobs, "ready")
     await patch(client, job_id, json={"queue": "mail"})
-    assert ringer.heard() == [Ring({"mail": 1})]
+    assert ringer.heard() == [Rung({"mail": 1})]
 
 
 async def test_the_total_timeout_moves_with_the_start(client: httpx2.AsyncClient, jobs: Jobs) -> None:

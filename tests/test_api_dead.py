@@ -16,8 +16,7 @@ from clarion.db import Database
 from clarion.job import Requeued
 from clarion.settings import Settings
 from clarion.store import Store
-from clarion.wake import Ring
-from recording import RecordingRinger
+from recording import RecordingRinger, Rung
 from store_actions import Jobs
 
 # Jobs that died one after the other, a second apart, the first of them at BEGIN.
@@ -182,7 +181,7 @@ async def test_dead_jobs_are_run_again_in_the_order_of_their_deaths(
     answer = await redrive(client)
     assert answer == {"matched": 3, "redriven": 3, "dry_run": False, "jobs": [*early, *late]}
     assert [lease.id for lease in await jobs.claim(2)] == [UUID(job_id) for job_id in early]
-    assert ringer.heard() == [Ring({"default": 2, "q": 1})]
+    assert ringer.heard() == [Rung({"default": 2, "q": 1})]
     job = await jobs.job(UUID(late[0]))
     assert (job.state, job.generation, job.attempt, job.dead_reason) == ("ready", 2, 0, None)
     assert await jobs.events(job.id) == [("retried", "api", "ready")]
@@ -232,7 +231,7 @@ async def test_the_pace_is_kept_across_chunks(
     assert [job.state for job in found] == ["ready"] + ["scheduled"] * 4
     waits = [(job.run_at - found[0].run_at).total_seconds() for job in found]
     assert waits == pytest.approx([0, 2, 4, 6, 8], abs=1)
-    assert ringer.heard() == [Ring({"default": 1}, scheduled=True), Ring(scheduled=True), Ring(scheduled=True)]
+    assert ringer.heard() == [Rung({"default": 1}, scheduled=True), Rung(scheduled=True), Rung(scheduled=True)]
 
 
 async def test_many_are_counted_and_a_hundred_are_shown(client: httpx2.AsyncClient, jobs: Jobs) -> None:

@@ -19,8 +19,8 @@ from clarion.errors import IdempotencyInFlight
 from clarion.job import Enqueued, NewJob
 from clarion.settings import Settings
 from clarion.store import Store
-from clarion.wake import Ring, Ringer
-from recording import RecordingRinger
+from clarion.wake import Ringer
+from recording import RecordingRinger, Rung
 from running import in_one_task
 from store_actions import Jobs, Session
 
@@ -303,7 +303,7 @@ async def test_a_replay_rings_nobody(store: Store, settings: Settings, key: str)
     ringer = RecordingRinger(store, settings)
     enqueuer = Enqueuer(store, ringer, settings)
     await enqueuer.enqueue([keyed(key), keyed(key)])
-    assert ringer.heard() == [Ring({"default": 1})]
+    assert ringer.heard() == [Rung({"default": 1})]
     await enqueuer.enqueue([keyed(key)])
     assert ringer.heard() == []
 

@@ -1,4 +1,4 @@
-"""The deliberate mistakes of `scripts/defects.toml` still fit the code and name tests that are there.
+"""The deliberate mistakes of `scripts/defects*.toml` still fit the code and name tests that are there.
 
 That these tests notice them is for `scripts/defects.py` to prove; it takes minutes.
 """

@@ -10,6 +10,7 @@ from clarion.db import Database
 from clarion.errors import Unstorable
 from clarion.job import NewJob
 from clarion.settings import Settings
+from recording import amounts
 from store_actions import TASK, Jobs
 
 POLICY: dict[str, Any] = {
@@ -130,7 +131,7 @@ async def test_a_scheduled_job_becomes_ready_when_due_and_not_before(jobs: Jobs)
     assert await jobs.store.promote_jobs() == {}
     assert not await jobs.claim()
     await jobs.age(added.id, 3601)
-    assert await jobs.store.promote_jobs() == {"default": 1}
+    assert amounts(await jobs.store.promote_jobs()) == {"default": 1}
     assert await jobs.store.promote_jobs() == {}
     assert [lease.id for lease in await jobs.claim()] == [added.id]
 
@@ -139,7 +140,7 @@ async def test_promotion_says_how_many_became_ready_in_each_queue(jobs: Jobs) ->
     for queue, count in (("a", 3), ("b", 2), ("c", 1)):
         await jobs.enqueue(count, queue=queue, delay_seconds=60.0)
     await jobs.fetch("update clarion.jobs set run_at = now() - interval '1 s' where queue <> 'c'")
-    assert await jobs.store.promote_jobs() == {"a": 3, "b": 2}
+    assert amounts(await jobs.store.promote_jobs()) == {"a": 3, "b": 2}
 
 
 async def test_promotion_does_not_lose_a_place_in_line(jobs: Jobs) -> None:
@@ -154,10 +155,10 @@ async def test_promotion_takes_the_longest_due_first_and_keeps_to_its_limit(jobs
     due = [(await jobs.enqueue(delay_seconds=60.0 + n))[0].id for n in range(8)]
     await jobs.fetch("update clarion.jobs set run_at = run_at - interval '1 hour'")
     limited = jobs.limited_to(5)
-    assert await limited.promote_jobs() == {"default": 5}
+    assert amounts(await limited.promote_jobs()) == {"default": 5}
     rows = await jobs.fetch("select id from clarion.jobs where state = 'ready'")
     assert {row["id"] for row in rows} == set(due[:5])
-    assert await limited.promote_jobs() == {"default": 3}
+    assert amounts(await limited.promote_jobs()) == {"default": 3}
 
 
 async def test_promotion_skips_what_another_session_has_locked(jobs: Jobs) -> None:
@@ -165,7 +166,7 @@ async def test_promotion_skips_what_another_session_has_locked(jobs: Jobs) -> No
     await jobs.fetch("update clarion.jobs set run_at = now() - interval '1 s'")
     async with jobs.session() as other:
         await other.fetch("select from clarion.jobs where id = $1 for update", locked)
-        assert await jobs.store.promote_jobs() == {"default": 1}
+        assert amounts(await jobs.store.promote_jobs()) == {"default": 1}
         assert (await jobs.state(locked), await jobs.state(free)) == ("scheduled", "ready")
 
 
@@ -173,8 +174,8 @@ async def test_two_sessions_promote_each_job_once(jobs: Jobs) -> None:
     await jobs.enqueue(10, delay_seconds=60.0)
     await jobs.fetch("update clarion.jobs set run_at = now() - interval '1 s'")
     async with jobs.session() as other:
-        assert await jobs.limited_to(4, other).promote_jobs() == {"default": 4}
-        assert await jobs.store.promote_jobs() == {"default": 6}
+        assert amounts(await jobs.limited_to(4, other).promote_jobs()) == {"default": 4}
+        assert amounts(await jobs.store.promote_jobs()) == {"default": 6}
         await other.commit()
     assert await jobs.store.promote_jobs() == {}
 

@@ -12,6 +12,7 @@ from clarion.errors import Unstorable
 from clarion.execution import AttemptOutcome, Completed, Completion, Ended, Lease, Release, Snoozing
 from clarion.job import DeadReason
 from clarion.settings import Settings
+from recording import amounts
 from store_actions import BEATS, ENDINGS, VERBS, Answer, Jobs, attempt_all, failure, with_token
 
 
@@ -264,7 +265,7 @@ async def test_of_two_failures_in_a_batch_the_first_is_kept(jobs: Jobs) -> None:
 async def test_a_release_that_stands_twice_in_a_batch_rings_once(jobs: Jobs) -> None:
     lease = await jobs.run()
     _, ready = await jobs.store.release_jobs([Release(lease.id, lease.token)] * 2)
-    assert ready == {"default": 1}
+    assert amounts(ready) == {"default": 1}
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

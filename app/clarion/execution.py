@@ -1,10 +1,13 @@
 """Who runs jobs, and what becomes of it: leases, the calls of those who hold them, and the answers. No I/O."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
+from typing import Annotated
 from uuid import UUID
 
 import msgspec
+from msgspec import Meta
 
 from clarion.job import DeadReason
 
@@ -39,7 +42,20 @@ class Ready(msgspec.Struct, frozen=True, array_like=True):
     """So many jobs became ready in a queue; `earliest` is the least sort_key among them."""
 
     jobs: int
-    earliest: datetime
+    earliest: Annotated[datetime, Meta(tz=True)]
+
+    def together(self, other: "Ready") -> "Ready":
+        """These and those, in one queue."""
+        return Ready(self.jobs + other.jobs, min(self.earliest, other.earliest))
+
+
+def ready_by_queue(places: Iterable[tuple[str | None, datetime | None]]) -> dict[str, Ready]:
+    """What to ring for jobs that became ready, each in its queue at its sort_key; None is nobody's place."""
+    keys: dict[str, list[datetime]] = {}
+    for queue, sort_key in places:
+        if queue is not None and sort_key is not None:
+            keys.setdefault(queue, []).append(sort_key)
+    return {queue: Ready(len(found), min(found)) for queue, found in keys.items()}
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +214,7 @@ class Reaped(msgspec.Struct, frozen=True):
     attempt: int
     worker_id: UUID
     timed_out: bool
+    sort_key: datetime
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -229,6 +246,15 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int
     running: int
     state: str
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A worker's place among the `workers` that hear the rings of a queue, counted from 0; `idle` of them had room."""
+
+    queue: str
+    rank: int
+    workers: int
+    idle: int
 
 
 class WorkerSeen(msgspec.Struct, frozen=True):

@@ -151,7 +151,8 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
 class Enqueued(msgspec.Struct, frozen=True):
     """The answer to an enqueue that is committed; a replay has the `request` of the first call with its key.
 
-    An empty state: not added, since a neighbour's key stands for another request.
+    An empty state: not added, since a neighbour's key stands for another request. `sort_key` is None unless this call
+    added the job.
     """
 
     id: UUID
@@ -159,6 +160,7 @@ class Enqueued(msgspec.Struct, frozen=True):
     created_at: datetime
     run_at: datetime
     request: str | None
+    sort_key: datetime | None
 
 
 class Expired(msgspec.Struct, frozen=True):
@@ -178,10 +180,14 @@ class Cancelling(msgspec.Struct, frozen=True):
 
 
 class Requeued(msgspec.Struct, frozen=True):
-    """What a retry or a change made of a job, None where it cannot; `queue` where it waits, unless it did before."""
+    """What a retry or a change made of a job, None where it cannot; `queue` where it waits, unless it did before.
+
+    `sort_key` is its place in that line.
+    """
 
     state: str | None
     queue: str | None
+    sort_key: datetime | None
 
 
 class JobSummary(msgspec.Struct, frozen=True):

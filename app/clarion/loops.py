@@ -23,15 +23,19 @@ class Signal:
 
     def __init__(self) -> None:
         self._event = anyio.Event()
+        self._is_set = False
 
     def set(self) -> None:
         """Wakes the waiter, or the next one."""
-        self._event.set()
+        if not self._is_set:  # the event itself is slower to say so, and some are set for each job
+            self._is_set = True
+            self._event.set()
 
     async def wait(self) -> None:
         """Returns when set since the last wait, and clears it."""
         await self._event.wait()
         self._event = anyio.Event()
+        self._is_set = False
 
     async def wait_for(self, seconds: float) -> bool:
         """The same, but for so long at most; whether it was set."""

@@ -12,7 +12,7 @@ import structlog
 
 from clarion.errors import Unstorable
 from clarion.events import Event
-from clarion.execution import Reaped
+from clarion.execution import Reaped, ready_by_queue
 from clarion.job import JobState
 from clarion.loops import Signal, jittered, run_forever
 from clarion.settings import Settings
@@ -40,7 +40,7 @@ class Maintenance:
         """Makes due jobs ready, then sleeps to the moment the next one is due, or until a ring says it is nearer."""
         promoted = await self._store.promote_jobs()
         self._ringer.mark(promoted)
-        if sum(promoted.values()) >= self._settings.step_max_jobs:
+        if sum(ready.jobs for ready in promoted.values()) >= self._settings.step_max_jobs:
             return 0
         due_seconds = await self._store.next_due_seconds()
         sweep_seconds = jittered(self._settings.sweep_seconds)
@@ -55,7 +55,7 @@ class Maintenance:
             reaped = await self._reap_around()
         if reaped:
             self._ringer.mark(
-                Counter(job.queue for job in reaped if job.state == JobState.READY),
+                ready_by_queue((job.queue, job.sort_key) for job in reaped if job.state == JobState.READY),
                 scheduled=any(job.state == JobState.SCHEDULED for job in reaped),
             )
             log.warning(

@@ -1,4 +1,5 @@
--- Changes a job that waits. Answers its new state and queue; no row when it does not wait, or is not the version meant.
+-- Changes a job that waits. Answers its new state, queue and sort_key; no row when it does not wait, or is not the version
+-- meant.
 --
 -- Takes: scheduled → ready, ready → scheduled, scheduled → scheduled, ready → ready.
 -- $1 job id, $2 the version that is meant (null: any), $3 who asks, $4 the names of the columns to change; those it does not
@@ -50,11 +51,11 @@ changed as (
     args = case when 'args' = any($4::text[]) then $14::json else j.args end
   from meant as m
   where j.id = any(array[m.id])
-  returning j.id, j.state, j.queue, j.generation
+  returning j.id, j.state, j.queue, j.sort_key, j.generation
 ),
 noted as (
   insert into clarion.job_events (job_id, event, actor, state, generation, detail)
   select c.id, 'changed', $3::text, c.state, c.generation, array_to_string($4::text[], ', ')
   from changed as c
 )
-select c.state::text as state, c.queue from changed as c
+select c.state::text as state, c.queue, c.sort_key from changed as c

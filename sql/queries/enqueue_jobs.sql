@@ -1,4 +1,5 @@
--- Adds jobs: ready when due now, scheduled when due later. Answers one row per input, in input order.
+-- Adds jobs: ready when due now, scheduled when due later. Answers one row per input, in input order; its
+-- sort_key, for the ring, is null where this call added nothing.
 --
 -- Takes: → ready, → scheduled.
 -- $1 queue, $2 task, $3 args as JSON text, $4 priority, $5 run_at (null: see $6), $6 delay in seconds (null: none),
@@ -67,11 +68,12 @@ added as (
   left join clarion.queues as q on q.name = i.queue
   where (i.key is null or i.id in (select t.job_id from taken as t)) and not (select r.is_refused from refused as r)
   order by i.n
-  returning id, state, created_at, run_at
+  returning id, state, created_at, run_at, sort_key
 )
 select
   coalesce(a.id, o.job_id, case when r.is_refused then i.id end) as id, coalesce(a.state, o.state)::text as state,
-  coalesce(a.created_at, o.created_at) as created_at, coalesce(a.run_at, o.run_at) as run_at, o.request::text as request
+  coalesce(a.created_at, o.created_at) as created_at, coalesce(a.run_at, o.run_at) as run_at, o.request::text as request,
+  a.sort_key
 from input as i
 cross join refused as r
 left join added as a on a.id = i.id

@@ -1,4 +1,5 @@
--- Makes due jobs ready. Answers how many in each queue, for the rings.
+-- Makes due jobs ready. Answers how many in each queue and the earliest sort_key among them,
+-- for the rings.
 --
 -- Takes: scheduled → ready.
 -- $1 the most rows to take.
@@ -16,8 +17,8 @@ with promoted as (
     limit $1::integer
     for update skip locked
   ))
-  returning j.queue
+  returning j.queue, j.sort_key
 )
-select p.queue, count(*)::integer as jobs
+select p.queue, count(*)::integer as jobs, min(p.sort_key) as earliest
 from promoted as p
 group by p.queue

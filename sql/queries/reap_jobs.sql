@@ -67,14 +67,14 @@ ended as (
   where j.id = any(array[d.id]) and not d.cancelled
   returning
     j.id, d.lease_token, d.worker_id, j.queue, j.task, j.attempt, j.generation, j.started_at, d.run_at, d.timed_out,
-    j.state as became, case when d.reason is null then j.run_at end as next_run_at
+    j.sort_key, j.state as became, case when d.reason is null then j.run_at end as next_run_at
 ),
 answered as materialized (
   select e.* from ended as e
   union all
   select
     d.id, d.lease_token, d.worker_id, d.queue, d.task, d.attempt, d.generation, d.started_at, d.run_at, d.timed_out,
-    clarion.finish_cancelled(d.id, 'reaper', 'its worker never said that the handler had stopped'), null
+    d.sort_key, clarion.finish_cancelled(d.id, 'reaper', 'its worker never said that the handler had stopped'), null
   from decided as d
   where d.cancelled
 ),
@@ -95,5 +95,5 @@ recorded as (
     true
   from answered as a
 )
-select a.id, a.queue, a.task, a.became::text as state, a.attempt, a.worker_id, a.timed_out
+select a.id, a.queue, a.task, a.became::text as state, a.attempt, a.worker_id, a.timed_out, a.sort_key
 from answered as a

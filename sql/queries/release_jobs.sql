@@ -5,8 +5,8 @@
 -- $1 job ids, $2 lease tokens.
 -- `state` is what this token's release made of the job, now or in an earlier call; null means the lease is lost. A job
 -- whose cancellation was requested is cancelled: so a worker says that its handler has stopped.
--- `queue` names where it waits, for the ring; null unless this call released it, and named once for a call that stands
--- in the input twice.
+-- `queue` and `sort_key` say where it waits, for the ring; null unless this call released it, and said once for a call
+-- that stands in the input twice.
 -- Plan: one primary key probe a job to lock it, and one to write it; for `any(array[…])` see complete_jobs.
 with input as materialized (
   select i.* from unnest($1::uuid[], $2::uuid[]) with ordinality as i (id, token, n)
@@ -29,7 +29,7 @@ ended as (
     lease_token = null, lease_expires_at = null, worker_id = null
   from held as h
   where j.id = any(array[h.id]) and not h.cancelled
-  returning h.id, h.token, h.n, j.state, j.queue
+  returning h.id, h.token, h.n, j.state, j.queue, j.sort_key
 ),
 cancelled as materialized (
   select h.id, h.token, clarion.finish_cancelled(h.id, 'worker:' || h.worker_id, null) as state
@@ -43,7 +43,10 @@ recorded as (
     case when h.cancelled then 'cancelled' else 'ready' end::clarion.job_state, h.run_at, h.started_at
   from held as h
 )
-select coalesce(e.state, c.state, w.state)::text as state, case when e.n = i.n then e.queue end as queue
+select
+  coalesce(e.state, c.state, w.state)::text as state,
+  case when e.n = i.n then e.queue end as queue,
+  case when e.n = i.n then e.sort_key end as sort_key
 from input as i
 left join ended as e on e.id = i.id and e.token = i.token
 left join cancelled as c on c.id = i.id and c.token = i.token

@@ -1,5 +1,5 @@
 -- Hands back jobs that were claimed for a worker which never got the answer: the connection was cut, or Postgres stood
--- still and ran the claim long after the worker had given up on it. Answers the queue of each.
+-- still and ran the claim long after the worker had given up on it. Answers the queue of each, and its sort_key.
 --
 -- Takes: running → ready.
 -- One whose cancellation was requested is left to the reaper.
@@ -23,11 +23,11 @@ ended as (
     lease_token = null, lease_expires_at = null, worker_id = null
   from unanswered as u
   where j.id = any(array[u.id])
-  returning j.queue
+  returning j.queue, j.sort_key
 ),
 recorded as (
   insert into clarion.attempts (job_id, lease_token, worker_id, attempt, generation, outcome, state, run_at, started_at)
   select u.id, u.lease_token, u.worker_id, u.attempt, u.generation, 'released', 'ready', u.run_at, u.started_at
   from unanswered as u
 )
-select e.queue from ended as e
+select e.queue, e.sort_key from ended as e

@@ -5,8 +5,8 @@
 -- scheduled → scheduled.
 -- $1 job ids, each once, $2 seconds until each runs, $3 only dead ones, $4 who asks, $5 why (null: no reason given),
 -- $6 only those of this generation (null: any).
--- `state` is what the job is now, `queue` where it waits, for the ring (null for one that was ready before: nothing is to be
--- done); a null state means that the job runs, has succeeded, or is unknown.
+-- `state` is what the job is now, `queue` and `sort_key` say where it waits, for the ring (null for one that was ready before:
+-- nothing is to be done); a null state means that the job runs, has succeeded, or is unknown.
 -- A new generation starts from nothing: attempts, errors, crashes and snoozes are counted anew, the total timeout begins
 -- again, a start_by is over. The place in line is what an enqueue now would get. The checkpoint stays. Jobs are taken in
 -- the order of their ids, so that two calls that share some never deadlock.
@@ -51,7 +51,7 @@ retried as (
   from locked as l
   left join clarion.queues as q on q.name = l.queue
   where j.id = any(array[l.id]) and l.was <> 'ready'
-  returning j.id, j.state, j.queue, j.generation
+  returning j.id, j.state, j.queue, j.sort_key, j.generation
 ),
 taken_back as (
   delete from clarion.job_history as h
@@ -77,7 +77,7 @@ revived as (
     0, t.enqueued_by, t.error_type, t.checkpoint
   from taken_back as t
   left join clarion.queues as q on q.name = t.queue
-  returning id, state, queue, generation
+  returning id, state, queue, sort_key, generation
 ),
 changed as materialized (
   select r.* from retried as r
@@ -89,7 +89,7 @@ noted as (
   select c.id, 'retried', $4::text, c.state, c.generation, $5::text
   from changed as c
 )
-select coalesce(c.state, l.was)::text as state, c.queue
+select coalesce(c.state, l.was)::text as state, c.queue, c.sort_key
 from input as i
 left join changed as c on c.id = i.id
 left join locked as l on l.id = i.id

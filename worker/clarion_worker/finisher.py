@@ -1,7 +1,15 @@
-"""Records outcomes: coalesced into sets, repeated through any weather, fenced by the token."""
+"""Records outcomes: coalesced into sets, repeated through any weather, fenced by the token.
+
+Nearly always the first call for an outcome is its last, so nobody waits for it: `record` posts it, and what came of a
+whole set is told together, by the one loop of `Finisher.run`. Only an outcome that meets weather gets a task, in which
+it is said again until Postgres has answered.
+"""
 
 import math
+from asyncio import Future
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from uuid import UUID
 
 import anyio
@@ -9,33 +17,86 @@ import structlog
 
 from clarion.db import Locked
 from clarion.endings import Ending, Endings, unstorable
-from clarion.errors import Unavailable, Unstorable
+from clarion.errors import ClarionError, Unavailable, Unstorable
 from clarion.events import Event
-from clarion.execution import Completion, Failure, Lease, Release
+from clarion.execution import Completed, Completion, Ended, Failure, Lease, Release
 from clarion.job import JobState
-from clarion.loops import backoff_seconds
+from clarion.log import written_together
+from clarion.loops import Signal, backoff_seconds
+from clarion_worker.leases import Held
+from clarion_worker.runner import Outcome
 
 log = structlog.get_logger()
 
 
 # Looks, after a handler has finished its job in a transaction of its own, whether that was committed: states by token.
 Confirm = Callable[[Sequence[Release]], Awaitable[Mapping[UUID, str]]]
+# Is told the job's state after an outcome was committed; None when the lease was lost, and the outcome dropped.
+Recorded = Callable[[Held, Outcome, str | None], None]
 
-
-# A handler that used complete_in and left its transaction open keeps its slot no longer than this.
+# A handler that used complete_in and left its transaction open keeps its lease no longer than this.
 _LEFT_OPEN_SECONDS = 10.0
 
 
 class Finisher:
-    """Says what became of attempts. A finished result is kept, and said again, until Postgres has answered."""
+    """Says what became of attempts. A finished result is kept, and said again, until Postgres has answered.
 
-    def __init__(self, endings: Endings, confirm: Confirm) -> None:
+    `recorded` is told when it has; without `run` nobody is.
+    """
+
+    def __init__(self, endings: Endings, confirm: Confirm, recorded: Recorded = lambda *_: None) -> None:
         self._endings = endings
         self._confirm = confirm
+        self._recorded = recorded
+        self._answered: deque[tuple[Held, Outcome, Future[Completed] | Future[Ended] | None]] = deque()
+        self._look = Signal()
 
-    async def finish(self, outcome: Ending) -> str | None:
-        """The job's state after the outcome is committed; None when the lease was lost, and the outcome dropped."""
-        return await self._say(outcome, self._submit)
+    def record(self, held: Held, outcome: Outcome) -> None:
+        """Sees to it that an outcome is recorded, and told to `recorded`."""
+        if held.committing or outcome is None or not self._endings.batching:
+            self._note(held, outcome, None)
+            return
+        try:
+            answered = self._endings.post(outcome)
+        except Unavailable:
+            self._note(held, outcome, None)
+        else:
+            answered.add_done_callback(partial(self._note, held, outcome))
+
+    async def run(self) -> None:
+        """Tells what was recorded until it is cancelled."""
+        async with anyio.create_task_group() as patient:
+            while True:
+                await self._look.wait()
+                with written_together():
+                    while self._answered:
+                        held, outcome, answered = self._answered.popleft()
+                        error = None if answered is None else answered.exception()
+                        if answered is not None and error is None:
+                            self._recorded(held, outcome, answered.result().state)
+                        elif error is None or isinstance(error, ClarionError):
+                            patient.start_soon(self._finish, held, outcome, error)
+                        else:
+                            raise error
+
+    def _note(self, held: Held, outcome: Outcome, answered: Future[Completed] | Future[Ended] | None) -> None:
+        self._answered.append((held, outcome, answered))
+        self._look.set()
+
+    async def _finish(self, held: Held, outcome: Outcome, error: ClarionError | None) -> None:
+        """Records an outcome however long that takes; `error` is what came of the first call for it."""
+        if held.committing:
+            state = await self.confirm(held.lease, outcome)
+        else:
+            state = None if outcome is None else await self.finish(outcome, error)
+        self._recorded(held, outcome, state)
+
+    async def finish(self, outcome: Ending, error: ClarionError | None = None) -> str | None:
+        """The job's state after the outcome is committed; None when the lease was lost, and the outcome dropped.
+
+        With an error this is not the first call: that one came to it.
+        """
+        return await self._say(outcome, self._submit, error=error)
 
     async def confirm(self, lease: Lease, otherwise: Ending | None) -> str | None:
         """The same for a handler that used `complete_in`: succeeded, if its transaction was committed.
@@ -64,26 +125,33 @@ class Finisher:
         outcome: Ending,
         submit: Callable[[Ending], Awaitable[str | None]],
         *,
+        error: ClarionError | None = None,
         give_up_at: float = math.inf,
     ) -> str | None:
         """Says it until there is an answer; gives up at `give_up_at` on a row that somebody keeps locked."""
         failures, substituted = 0, False
         while True:
-            try:
-                return await submit(outcome)
-            except Unstorable as error:
-                if substituted:
-                    log.warning(Event.OUTCOME_ABANDONED, job_id=str(outcome.id), error=str(error))
-                    return None  # the lease runs out, and the reaper deals with the row
+            if error is None:
+                try:
+                    return await submit(outcome)
+                except ClarionError as met:
+                    error = met
+            if isinstance(error, Unstorable) and not substituted:
                 outcome, substituted = unstorable(outcome, str(error)), True
-            except Unavailable as error:
-                if isinstance(error, Locked) and anyio.current_time() >= give_up_at:
-                    log.warning(Event.OUTCOME_ABANDONED, job_id=str(outcome.id), error=str(error))
-                    return None  # when the transaction ends, so does the lease, or the job
+            elif isinstance(error, Unavailable) and not (
+                isinstance(error, Locked) and anyio.current_time() >= give_up_at
+            ):
                 failures += 1
                 if failures == 1:
                     log.warning(Event.OUTCOME_RETRIED, job_id=str(outcome.id), error=str(error))
                 await anyio.sleep(backoff_seconds(failures))
+            elif isinstance(error, Unavailable | Unstorable):
+                # The lease runs out, and the reaper deals with the row; or the transaction that locks it ends.
+                log.warning(Event.OUTCOME_ABANDONED, job_id=str(outcome.id), error=str(error))
+                return None
+            else:
+                raise error
+            error = None
 
     async def _submit(self, outcome: Ending) -> str | None:
         if isinstance(outcome, Completion):

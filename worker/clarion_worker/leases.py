@@ -22,7 +22,7 @@ import structlog
 from clarion.db import DedicatedDatabase
 from clarion.errors import Unavailable
 from clarion.events import Event
-from clarion.execution import Beat, Directive, Heartbeat, Lease, WorkerRecord
+from clarion.execution import Beat, Directive, Heartbeat, Lease, Standing, WorkerRecord
 from clarion.loops import Signal
 from clarion.settings import Settings
 from clarion.signals import leave_signals_to_the_main_thread
@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 _MARGIN = 0.1
 _BEATS_PER_LEASE = 3
+# A worker whose row is older than so many beats is not counted on: beats may be late, seldom two of them.
+_GONE_BEATS = 2.5
 _RETRY_SECONDS = 0.5
 _TICK_SECONDS = 0.25
 _STOP_SECONDS = 1.0
@@ -50,12 +52,17 @@ class EndReason(StrEnum):
 class Held:
     """A lease in this process, while its attempt runs and until its outcome is recorded. For the main loop only."""
 
-    __slots__ = ("changed", "committing", "end_reason", "ending", "finishing", "in_thread", "lease", "valid_until")
+    __slots__ = (
+        "_began", "committing", "end_handler", "end_reason", "ending", "finishing", "in_thread", "lease", "ran_seconds",
+        "valid_until",
+    )  # fmt: skip
 
     def __init__(self, lease: Lease, *, valid_until: float) -> None:
         self.lease = lease
         self.valid_until = valid_until  # on the monotonic clock
-        self.changed = anyio.Event()  # the handler has ended, or is to end
+        self._began = time.monotonic()
+        self.ran_seconds = 0.0  # from here until the outcome was known
+        self.end_handler: Callable[[], None] | None = None  # set while one runs
         self.ending = False  # the handler is to end
         self.end_reason: EndReason | None = None
         self.in_thread = False  # the handler sits in a thread, where no cancellation reaches it
@@ -77,7 +84,13 @@ class Held:
         if self.end_reason is None and not self.finishing:
             self.end_reason = reason
             self.ending = True
-            self.changed.set()
+            if self.end_handler is not None:
+                self.end_handler()
+
+    def finish(self) -> None:
+        """The outcome is known; whatever would end the attempt comes too late."""
+        self.finishing = True
+        self.ran_seconds = time.monotonic() - self._began
 
     def is_ending(self) -> bool:
         """Whether the handler was told to end."""
@@ -90,10 +103,16 @@ class Leases:
     def __init__(self, settings: Settings) -> None:
         self.lease_seconds = settings.lease_seconds
         self._held: dict[UUID, Held] = {}
-        self.freed = Signal()
+        self._finishing = 0
+        self.emptied = Signal()
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def running(self) -> int:
+        """Those whose attempts still run; the outcomes of the others are being recorded."""
+        return len(self._held) - self._finishing
 
     def all(self) -> list[Held]:
         """A copy, safe to take from another thread."""
@@ -109,10 +128,17 @@ class Leases:
         self._held[lease.token] = held
         return held
 
+    def finish(self, held: Held) -> None:
+        """Its outcome is known, and its slot is free."""
+        held.finish()
+        self._finishing += 1
+
     def remove(self, held: Held) -> None:
-        """Stops to hold it; its slot is free."""
+        """Stops to hold one that was finished."""
         del self._held[held.lease.token]
-        self.freed.set()
+        self._finishing -= 1
+        if not self._held:
+            self.emptied.set()
 
     def fence(self) -> None:
         """Ends every attempt whose lease can no longer be trusted."""
@@ -137,7 +163,8 @@ class Leases:
 class Heartbeats:
     """The thread that extends all leases in one statement, and says that the worker is alive.
 
-    `on_drain` is called, on the main loop, when the answer is that this worker is to stop.
+    `on_drain` is called, on the main loop, when the answer is that this worker is to stop; `on_standings` with what
+    each beat found out about the workers that hear the same rings.
     """
 
     def __init__(
@@ -146,11 +173,13 @@ class Heartbeats:
         settings: Settings,
         describe: Callable[[], WorkerRecord],
         on_drain: Callable[[], None] = lambda: None,
+        on_standings: Callable[[list[Standing]], None] = lambda _: None,
     ) -> None:
         self._leases = leases
         self._settings = settings
         self._describe = describe
         self._on_drain = on_drain
+        self._on_standings = on_standings
         self._interval_seconds = settings.lease_seconds / _BEATS_PER_LEASE
         self._ticked = time.monotonic()
         self._hung = False
@@ -176,7 +205,7 @@ class Heartbeats:
             await self.stop()
 
     def hurry(self) -> None:
-        """Beats now: somebody says that a job of ours was cancelled."""
+        """Beats now: a job of ours was cancelled, or others are to know what this worker does."""
         if self._thread_loop is not None:
             with suppress(RuntimeError):  # it is being closed
                 self._thread_loop.call_soon_threadsafe(self._wake.set)
@@ -241,8 +270,11 @@ class Heartbeats:
                     item.renew(answer, self._leases.valid_until(sent), sent)
             main_loop.call_soon_threadsafe(self._leases.cancel, cancelled)
             main_loop.call_soon_threadsafe(self._leases.lose, list(held.values()))
-        if await store.record_worker(self._describe()) is Directive.DRAIN:
+        worker = self._describe()
+        if await store.record_worker(worker) is Directive.DRAIN:
             main_loop.call_soon_threadsafe(self._on_drain)
+        standings = await store.find_standings(worker.id, gone_seconds=_GONE_BEATS * self._interval_seconds)
+        main_loop.call_soon_threadsafe(self._on_standings, standings)
 
     def _is_hung(self) -> bool:
         still_seconds = time.monotonic() - self._ticked

@@ -52,6 +52,11 @@ class Lines:
         return self._lease.id
 
     @property
+    def unstored(self) -> bool:
+        """Whether anything was said that is not stored yet, or that it is too much to be stored."""
+        return bool(self._waiting or self._unsaid)
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something to flush."""
         return bool(self._waiting)
@@ -117,6 +122,14 @@ class LineKeeper:
         """Keeps the lines of an attempt from now on."""
         self._open.add(lines)
         self._opened.set()
+
+    def has_closed(self, lines: Lines) -> bool:
+        """Closes them without a wait, where all that was said is stored; whether it could."""
+        if lines.unstored:
+            return False
+        lines.closed = True
+        self._open.discard(lines)
+        return True
 
     async def close(self, lines: Lines) -> None:
         """Stores the last of them; the outcome, which is known by now, waits a moment for that and no longer."""

@@ -1,9 +1,9 @@
 """A worker process: listen, claim, run, heartbeat, finish; and on a signal drain and leave nothing behind."""
 
+import logging
 import os
 import socket
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -21,17 +21,19 @@ from clarion.execution import Failure, Lease, WorkerRecord
 from clarion.ground import wait_for_ground
 from clarion.loops import run_forever
 from clarion.names import check_name
+from clarion.probes import ProcessState, Vitals
 from clarion.settings import Settings
 from clarion.signals import leave, until
 from clarion.store import Store
 from clarion.wake import Listener, Ring, Ringer
-from clarion_worker.claimer import Claimer, Subscription
+from clarion_worker.claimer import Claimer, Slots, Subscription
 from clarion_worker.finisher import Finisher
 from clarion_worker.leases import EndReason, Heartbeats, Held, Leases
 from clarion_worker.lines import LineKeeper
+from clarion_worker.peers import Peers
 from clarion_worker.processes import Processes, open_processes, target_of
 from clarion_worker.registry import Lifespan, Worker
-from clarion_worker.runner import CANCEL_GRACE_SECONDS, Equipment, Outcome, Runner
+from clarion_worker.runner import CANCEL_GRACE_SECONDS, Done, Equipment, Outcome, Runner
 
 log = structlog.get_logger()
 
@@ -57,26 +59,39 @@ class WorkerService:
         self._leases = Leases(settings)
         self._stop = stop
         self._exit_code = 0
-        self._send, self._receive = anyio.create_memory_object_stream[Held](settings.concurrency)
         self._targets = {name: target_of(task) for name, task in worker.tasks.items() if task.runs_in == "process"}
         self._runner: Runner | None = None
+        self._claimer: Claimer | None = None
+        self._listener: Listener | None = None
 
     async def run(self) -> int:
         """Works until stopped; the exit code. Raises UnsafeGround for a database that cannot keep the promises."""
-        with self._send, self._receive:
-            async with open_database(self._settings, name="worker") as database:
-                store = Store(database, self._settings)
-                async with until(self._stop):
-                    await wait_for_ground(store, self._settings)
-                if not self._stop.is_set():
-                    async with self._lifespans() as states, self._processes() as processes:
-                        await self._work(store, processes, states)
+        async with open_database(self._settings, name="worker") as database:
+            store = Store(database, self._settings)
+            async with until(self._stop):
+                await wait_for_ground(store, self._settings)
+            if not self._stop.is_set():
+                async with self._lifespans() as states, self._processes() as processes:
+                    await self._work(store, processes, states)
         return self._exit_code
 
     @property
     def stuck(self) -> int:
         """Handlers that will not end: only the end of the process ends them."""
         return 0 if self._runner is None else self._runner.stuck
+
+    @property
+    def vitals(self) -> Vitals:
+        """How this process is, for whoever answers probes."""
+        return Vitals(self._state(), running=len(self._leases))
+
+    def _state(self) -> ProcessState:
+        if self._stop.is_set():
+            return ProcessState.DRAINING
+        listening = None if self._listener is None else self._listener.is_listening
+        if listening is None:
+            return ProcessState.STARTING
+        return ProcessState.RUNNING if listening else ProcessState.CUT_OFF
 
     @asynccontextmanager
     async def _lifespans(self) -> AsyncIterator[dict[Lifespan, Any]]:
@@ -89,15 +104,46 @@ class WorkerService:
 
     async def _work(self, store: Store, processes: Processes, states: Mapping[Lifespan, Any]) -> None:
         ringer = Ringer(store, self._settings)
-        endings = Endings(store, ringer, buffer_max=2 * self._settings.concurrency + 100)
-        finisher = Finisher(endings, store.find_endings)
+        endings = Endings(
+            store, ringer, buffer_max=2 * self._settings.concurrency + 100, batch_max=self._settings.batch_max
+        )
         keeper = LineKeeper()
-        claimer = self._claimer(store)
-        heartbeats = Heartbeats(self._leases, self._settings, self._describe, on_drain=self._stop.set)
-        listener = Listener(
+        runner = Runner(self._equipment(endings, keeper, processes, states), self._leases, self._settings)
+        finisher = Finisher(endings, store.find_endings, self._recorded)
+        self._runner = runner
+        peers = Peers(ringer, self._settings)
+        self._claimer = claimer = self._open_claimer(
+            store, peers, partial(self._start, runner, partial(self._concluded, finisher))
+        )
+        heartbeats = Heartbeats(
+            self._leases, self._settings, self._describe, on_drain=self._stop.set, on_standings=peers.learn
+        )
+        self._listener = listener = Listener(
             self._settings, on_ring=partial(self._hear, claimer, heartbeats), on_connect=claimer.look_everywhere
         )
-        equipment = Equipment(
+        async with anyio.create_task_group() as background:
+            background.start_soon(heartbeats.run)
+            background.start_soon(listener.run)
+            background.start_soon(runner.run)
+            background.start_soon(finisher.run)
+            background.start_soon(partial(run_forever, ringer.step, name="ring"))
+            background.start_soon(partial(run_forever, keeper.step, name="lines"))
+            endings.start(background)
+            log.info(
+                Event.WORKER_STARTED, worker_id=str(self.id), queues=self._queues, tasks=sorted(self._worker.tasks)
+            )
+            await self._claim_until_stopped(claimer)
+            heartbeats.hurry()  # it drains: no ring is to mean it any more
+            await self._drain()
+            await heartbeats.stop()
+            await self._say_goodbye(store)
+            background.cancel_scope.cancel()
+        log.info(Event.WORKER_STOPPED, worker_id=str(self.id), stuck=self.stuck)
+
+    def _equipment(
+        self, endings: Endings, keeper: LineKeeper, processes: Processes, states: Mapping[Lifespan, Any]
+    ) -> Equipment:
+        return Equipment(
             tasks=self._worker.tasks,
             endings=endings,
             keeper=keeper,
@@ -105,28 +151,8 @@ class WorkerService:
             targets=self._targets,
             states=states,
         )
-        self._runner = runner = Runner(equipment, self._leases, self._settings)
-        async with anyio.create_task_group() as background:
-            background.start_soon(heartbeats.run)
-            background.start_soon(listener.run)
-            background.start_soon(partial(run_forever, ringer.step, name="ring"))
-            background.start_soon(partial(run_forever, keeper.step, name="lines"))
-            endings.start(background)
-            log.info(
-                Event.WORKER_STARTED, worker_id=str(self.id), queues=self._queues, tasks=sorted(self._worker.tasks)
-            )
-            async with anyio.create_task_group() as slots:
-                for _ in range(self._settings.concurrency):
-                    slots.start_soon(self._slot, runner, claimer, finisher)
-                await self._claim_until_stopped(claimer)
-                await self._drain()
-                self._send.close()
-            await heartbeats.stop()
-            await self._say_goodbye(store)
-            background.cancel_scope.cancel()
-        log.info(Event.WORKER_STOPPED, worker_id=str(self.id), stuck=self.stuck)
 
-    def _claimer(self, store: Store) -> Claimer:
+    def _open_claimer(self, store: Store, peers: Peers, start: Callable[[Lease, float], None]) -> Claimer:
         return Claimer(
             store,
             self._settings,
@@ -135,13 +161,31 @@ class WorkerService:
                 queues=self._queues,
                 policies={name: task.policy for name, task in self._worker.tasks.items()},
             ),
-            free_slots=self._free_slots,
-            known_tokens=lambda: [held.lease.token for held in self._leases.all()],
-            start=self._start,
+            slots=Slots(
+                free=self._free_slots,
+                known_tokens=lambda: [held.lease.token for held in self._leases.all()],
+                start=start,
+            ),
+            peers=peers,
         )
 
-    def _start(self, lease: Lease, sent: float) -> None:
-        self._send.send_nowait(self._leases.add(lease, sent=sent))
+    def _start(self, runner: Runner, done: Done, lease: Lease, sent: float) -> None:
+        runner.start(self._leases.add(lease, sent=sent), done)
+
+    def _concluded(self, finisher: Finisher, held: Held, outcome: Outcome) -> None:
+        """An attempt has ended: its slot takes the next job while its outcome is recorded."""
+        finisher.record(held, outcome)
+        self._stop_if_worn_out()
+        self._refill()
+
+    def _recorded(self, held: Held, outcome: Outcome, state: str | None) -> None:
+        self._leases.remove(held)
+        self._refill()
+        _log_attempt(held, outcome, state)
+
+    def _refill(self) -> None:
+        if self._claimer is not None:
+            self._claimer.slot_freed()
 
     async def _claim_until_stopped(self, claimer: Claimer) -> None:
         async with anyio.create_task_group() as group:
@@ -155,21 +199,6 @@ class WorkerService:
         if ring.cancelled and not {held.lease.id for held in self._leases.all()}.isdisjoint(ring.cancelled):
             heartbeats.hurry()
 
-    async def _slot(self, runner: Runner, claimer: Claimer, finisher: Finisher) -> None:
-        """One of the `concurrency` places in which attempts run, one after the other."""
-        async for held in self._receive:
-            started = time.monotonic()
-            outcome = await runner.run(held)
-            held.finishing = True
-            if held.committing:
-                state = await finisher.confirm(held.lease, outcome)
-            else:
-                state = None if outcome is None else await finisher.finish(outcome)
-            self._leases.remove(held)
-            self._stop_if_worn_out()
-            claimer.slot_freed()
-            _log_attempt(held.lease, outcome, state, run_seconds=time.monotonic() - started)
-
     def _stop_if_worn_out(self) -> None:
         """With as many handlers stuck as there are slots, the process had better be replaced."""
         if self.stuck >= self._settings.concurrency and not self._stop.is_set():
@@ -177,7 +206,11 @@ class WorkerService:
             self._stop.set()
 
     def _free_slots(self) -> int:
-        return 0 if self._stop.is_set() else self._settings.concurrency - len(self._leases)
+        """As many as handlers may begin; outcomes that wait for the database hold no slot, up to as many again."""
+        if self._stop.is_set():
+            return 0
+        concurrency = self._settings.concurrency
+        return min(concurrency - self._leases.running, 2 * concurrency - len(self._leases))
 
     async def _drain(self) -> None:
         log.info(Event.WORKER_DRAIN_STARTED, worker_id=str(self.id), running=len(self._leases))
@@ -194,7 +227,7 @@ class WorkerService:
     async def _wait_until_idle(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
             while len(self._leases):
-                await self._leases.freed.wait()
+                await self._leases.emptied.wait()
 
     async def _say_goodbye(self, store: Store) -> None:
         with anyio.move_on_after(1):
@@ -216,15 +249,18 @@ class WorkerService:
         )
 
 
-def _log_attempt(lease: Lease, outcome: Outcome, state: str | None, *, run_seconds: float) -> None:
+def _log_attempt(held: Held, outcome: Outcome, state: str | None) -> None:
     """The canonical line of an attempt."""
+    lease, went_well = held.lease, state is not None and not isinstance(outcome, Failure)
+    if went_well and not log.is_enabled_for(logging.INFO):
+        return
     fields = {
         "job_id": str(lease.id),
         "task": lease.task,
         "queue": lease.queue,
         "attempt": lease.attempt,
         "wait_ms": round((lease.started_at - lease.run_at).total_seconds() * 1000, 1),
-        "run_ms": round(run_seconds * 1000, 1),
+        "run_ms": round(held.ran_seconds * 1000, 1),
     }
     if state is None:
         log.warning(Event.LEASE_LOST, **fields)

@@ -16,6 +16,7 @@ from clarion.errors import (
     Unavailable,
     Unstorable,
 )
+from clarion.execution import ready_by_queue
 from clarion.job import Job, JobState, Requeued
 
 MERGE_PATCH = "application/merge-patch+json"
@@ -113,8 +114,8 @@ def _explain(job: Job, as_wished: set[JobState], refused: set[JobState], wish: s
 
 
 def _ring(call: Call[RetryIn, Nothing] | Call[JobPatch, Nothing], answer: Requeued) -> None:
-    if answer.state == JobState.READY and answer.queue is not None:
-        call.services.ringer.mark({answer.queue: 1})
+    if answer.state == JobState.READY:
+        call.services.ringer.mark(ready_by_queue([(answer.queue, answer.sort_key)]))
     elif answer.state == JobState.SCHEDULED:
         call.services.ringer.mark(scheduled=True)
 

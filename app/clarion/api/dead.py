@@ -1,6 +1,5 @@
 """Dead letters: listed oldest first, grouped by what they died of, and run again at a measured pace."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated
@@ -18,6 +17,7 @@ from clarion.api.operation import Call, Operation, Reply
 from clarion.api.representations import JobListOut, summary_out
 from clarion.api.schemas import ListLimit, Name
 from clarion.errors import FieldError, Overloaded, Unavailable
+from clarion.execution import ready_by_queue
 from clarion.job import DeadFilter, DeadGroup, JobState, JobSummary
 from clarion.payload import FaultFinder
 from clarion.store import Store
@@ -141,7 +141,7 @@ async def _run_again(call: Call[RedriveIn, Nothing], chunk: Sequence[JobSummary]
     answers = await call.services.store.retry_jobs(
         [job.id for job in chunk], delays_seconds, actor=call.actor, reason="redrive", only_dead=True
     )
-    ready = Counter(answer.queue for answer in answers if answer.queue and answer.state == JobState.READY)
+    ready = ready_by_queue((answer.queue, answer.sort_key) for answer in answers if answer.state == JobState.READY)
     call.services.ringer.mark(ready, scheduled=any(answer.state == JobState.SCHEDULED for answer in answers))
     return [job.id for job, answer in zip(chunk, answers, strict=True) if answer.state is not None]
 

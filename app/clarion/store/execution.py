@@ -20,12 +20,15 @@ from clarion.execution import (
     Lease,
     LogLine,
     Policy,
+    Ready,
     Release,
     Share,
     Snoozing,
+    Standing,
     WorkerRecord,
+    ready_by_queue,
 )
-from clarion.store.statement_runner import StatementRunner, columns, count
+from clarion.store.statement_runner import StatementRunner, columns
 
 _ANY_TASK = {"": Policy()}
 _place = attrgetter("place")
@@ -114,15 +117,16 @@ class Execution(StatementRunner):
         )
         return [Ended(*row) for row in rows]
 
-    async def release_jobs(self, releases: Sequence[Release]) -> tuple[list[Ended], dict[str, int]]:
-        """Hands jobs back; one answer each, in order. Also how many became ready in each queue."""
+    async def release_jobs(self, releases: Sequence[Release]) -> tuple[list[Ended], dict[str, Ready]]:
+        """Hands jobs back; one answer each, in order. Also what became ready in each queue."""
         rows = await self._fetch("release_jobs", *columns(releases, "id", "token"))
-        return [Ended(row["state"], None) for row in rows], count([row["queue"] for row in rows])
+        ready = ready_by_queue((row["queue"], row["sort_key"]) for row in rows)
+        return [Ended(row["state"], None) for row in rows], ready
 
-    async def release_unanswered_jobs(self, worker_id: UUID, known_tokens: Sequence[UUID]) -> dict[str, int]:
-        """Hands back jobs that the worker holds without knowing; how many became ready in each queue."""
+    async def release_unanswered_jobs(self, worker_id: UUID, known_tokens: Sequence[UUID]) -> dict[str, Ready]:
+        """Hands back jobs that the worker holds without knowing; what became ready in each queue."""
         rows = await self._fetch("release_unanswered_jobs", worker_id, list(known_tokens))
-        return count([row["queue"] for row in rows])
+        return ready_by_queue((row["queue"], row["sort_key"]) for row in rows)
 
     async def record_logs(self, lines: Sequence[LogLine]) -> list[bool | None]:
         """Keeps log lines; False for one beyond the job's limit, None where the lease is lost; in order."""
@@ -137,6 +141,11 @@ class Execution(StatementRunner):
         """Says that a worker is alive; what it is told to do."""
         rows = await self._fetch("record_worker", *msgspec.structs.astuple(worker))
         return Directive(rows[0]["directive"])
+
+    async def find_standings(self, worker_id: UUID, *, gone_seconds: float) -> list[Standing]:
+        """Where a worker stands among those that hear the rings of its queues; not seen for so long, one is gone."""
+        rows = await self._fetch("find_standings", worker_id, gone_seconds)
+        return [Standing(*row) for row in rows]
 
     async def remove_worker(self, worker_id: UUID) -> None:
         """Takes a worker that stops by itself off the list."""

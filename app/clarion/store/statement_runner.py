@@ -24,8 +24,3 @@ class StatementRunner:
 def columns(items: Sequence[msgspec.Struct], *names: str) -> list[list[object]]:
     """The items as one array per field, the shape that `unnest` takes."""
     return [[getattr(item, name) for item in items] for name in names]
-
-
-def count(names: Sequence[str | None]) -> dict[str, int]:
-    """How often each name stands there; None is nobody's."""
-    return {name: names.count(name) for name in set(names) if name is not None}

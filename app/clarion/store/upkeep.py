@@ -5,7 +5,7 @@ from uuid import UUID
 
 import msgspec
 
-from clarion.execution import Reaped, Release
+from clarion.execution import Ready, Reaped, Release
 from clarion.job import Expired
 from clarion.store.statement_runner import StatementRunner
 
@@ -25,10 +25,10 @@ class Ground(msgspec.Struct, frozen=True):
 class Upkeep(StatementRunner):
     """Idempotent steps that skip what another process is at, and what start-up looks at."""
 
-    async def promote_jobs(self) -> dict[str, int]:
-        """Makes due jobs ready; how many in each queue."""
+    async def promote_jobs(self) -> dict[str, Ready]:
+        """Makes due jobs ready; what became ready in each queue."""
         rows = await self._fetch("promote_jobs", self._settings.step_max_jobs)
-        return {row["queue"]: row["jobs"] for row in rows}
+        return {row["queue"]: Ready(row["jobs"], row["earliest"]) for row in rows}
 
     async def next_due_seconds(self) -> float | None:
         """Seconds until the next scheduled job is due, negative when late; None when there is none."""

@@ -67,11 +67,22 @@ class Attempts:
     async def run(self, held: Held) -> tuple[Outcome, HandlerRun[Any]]:
         """One attempt up to its outcome, which is not recorded yet; the run's state is empty."""
         stuck = self._runner.stuck
-        outcome = await self._runner.run(held)
-        held.finishing = True
+        outcome = await self._outcome(held)
         self._leases.remove(held)
         said = self._endings.said.pop(held.lease.token, Said())
         return outcome, describe(held.lease, outcome, said, stuck=self._runner.stuck > stuck)
+
+    async def _outcome(self, held: Held) -> Outcome:
+        outcomes: list[Outcome] = []
+        ended = anyio.Event()
+
+        def done(_held: Held, outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            ended.set()
+
+        self._runner.start(held, done)
+        await ended.wait()
+        return outcomes[0]
 
     async def finish(self, held: Held, outcome: Outcome) -> None:
         """Records the outcome, as a worker does."""
@@ -99,7 +110,9 @@ async def open_attempts(
             targets=targets,
             states=states,
         )
-        yield Attempts(Runner(equipment, leases, settings), leases, endings, store)
+        runner = Runner(equipment, leases, settings)
+        group.start_soon(runner.run)
+        yield Attempts(runner, leases, endings, store)
         group.cancel_scope.cancel()
 
 
