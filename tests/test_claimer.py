@@ -43,7 +43,7 @@ def patient(settings: Settings) -> Settings:
 
 def bounds(store: CountingStore) -> list[datetime | None]:
     """Where the last claim began to look."""
-    return [share.earliest for share in store.claims[-1]]
+    return [None if share.earliest is None else share.earliest[0] for share in store.claims[-1]]
 
 
 async def test_jobs_of_a_claim_whose_answer_was_lost_are_taken_again_at_once(

@@ -223,9 +223,9 @@ async def test_a_claim_looks_from_where_the_last_one_of_its_tasks_came_to(held: 
     first, second = [await take(joint), await take(joint)]
     await take(joint, tasks=None)
     earliest = [shares[0].earliest for shares in held.statements]
-    assert earliest == [None, first[0].sort_key, None]
+    assert earliest == [None, first[0].place_in_line, None]
     await take(joint)
-    assert held.statements[-1][0].earliest == second[0].sort_key
+    assert held.statements[-1][0].earliest == second[0].place_in_line
 
 
 async def test_a_job_that_goes_before_the_last_one_is_found_once_it_is_expected(held: Held, joint: JointClaims) -> None:
@@ -269,4 +269,4 @@ async def test_a_ring_that_comes_while_a_claim_is_in_flight_is_kept(held: Held, 
         joint.expect({"default": Ready(1, rung)})
         held.go_on.set()
     await take(joint)
-    assert held.statements[-1][0].earliest == rung
+    assert held.statements[-1][0].earliest == (rung, UUID(int=0))

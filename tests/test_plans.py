@@ -110,7 +110,7 @@ async def arguments(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str,
     failed, nothing, minute = same("failed", rows), same("null", rows), same("60", rows)
     workers = array(["00000000-0000-0000-0000-00000000000a", "00000000-0000-0000-0000-00000000000b"] * 2)
     claim = (
-        f"'{{default,other}}', '{{{CLAIM},5}}', '{{null,null}}', "
+        f"'{{default,other}}', '{{{CLAIM},5}}', '{{null,null}}', '{{null,null}}', "
         f"'{{default,default,other,other}}', '{{1,11,1,3}}', '{{10,{CLAIM},2,5}}', {workers}, '{{30,30,30,30}}'"
     )
     policy = ", '{null,null}'" * 4

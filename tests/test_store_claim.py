@@ -16,7 +16,7 @@ from store_actions import TASK, Jobs
 
 POLICY = Policy(max_attempts=3, timeout_seconds=30.5, backoff_seconds=1.5, backoff_cap_seconds=60.0)
 
-NEVER = datetime(2199, 1, 1, tzinfo=UTC)
+NEVER = datetime(2199, 1, 1, tzinfo=UTC), UUID(int=0)
 
 
 @pytest.fixture
@@ -228,12 +228,23 @@ async def test_claimants_of_one_statement_share_a_queue_in_the_order_they_came(j
 async def test_a_claim_looks_from_the_least_bound_of_its_shares(jobs: Jobs) -> None:
     (first,) = await jobs.enqueue()
     (second,) = await jobs.enqueue()
-    late = Share(queue="default", jobs_max=1, worker_id=uuid4(), lease_seconds=30, earliest=second.run_at)
+    late = Share(queue="default", jobs_max=1, worker_id=uuid4(), lease_seconds=30, earliest=(second.run_at, second.id))
     assert [[lease.id for lease in leases] for leases in await jobs.store.claim_jobs([late], None)] == [[second.id]]
-    early = msgspec.structs.replace(late, earliest=first.run_at)
+    early = msgspec.structs.replace(late, earliest=(first.run_at, first.id))
     (third,) = await jobs.enqueue()
     taken = await jobs.store.claim_jobs([late, early], None)
     assert [[lease.id for lease in leases] for leases in taken] == [[first.id], [third.id]]
+
+
+async def test_a_claim_looks_from_a_job_among_those_that_came_together(jobs: Jobs) -> None:
+    line = await ids(jobs, 4)
+    together = await jobs.fetch("select distinct sort_key from clarion.jobs")
+    assert len(together) == 1
+    third = Share(
+        queue="default", jobs_max=9, worker_id=uuid4(), lease_seconds=30, earliest=(together[0]["sort_key"], line[2])
+    )
+    (taken,) = await jobs.store.claim_jobs([third], None)
+    assert [lease.id for lease in taken] == line[2:]
 
 
 async def test_a_bound_of_one_share_hides_nothing_from_another_that_has_none(jobs: Jobs) -> None:

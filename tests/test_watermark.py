@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import msgspec
 import pytest
 
 from clarion.execution import Lease
@@ -29,7 +30,7 @@ def seen_from(marks: Watermarks, queue: str = "a", tasks: frozenset[str] | None 
     """Where a claim would look from now."""
     look = marks.begin(queue, tasks)
     marks.end(look, [], 0)
-    return look.earliest
+    return None if look.earliest is None else look.earliest[0]
 
 
 def end(marks: Watermarks, look: Look, *seconds: int, asked: int | None = None) -> None:
@@ -51,6 +52,18 @@ def test_the_first_claim_looks_from_the_start() -> None:
 
 def test_the_next_claim_looks_from_the_last_job_that_was_claimed(marks: Watermarks) -> None:
     assert seen_from(marks) == at(10)
+
+
+def test_of_jobs_that_came_together_the_next_claim_looks_from_the_last_one(marks: Watermarks) -> None:
+    together = [msgspec.structs.replace(lease(11), id=UUID(int=number)) for number in (3, 5, 4)]
+    marks.end(marks.begin("a"), together, 3)
+    assert marks.begin("a").earliest == (at(11), UUID(int=5))
+
+
+def test_a_ring_lowers_the_mark_to_before_all_jobs_of_its_moment(marks: Watermarks) -> None:
+    marks.end(marks.begin("a"), [msgspec.structs.replace(lease(11), id=UUID(int=5))], 1)
+    marks.heard("a", at(11))
+    assert marks.begin("a").earliest == (at(11), UUID(int=0))
 
 
 @pytest.mark.parametrize("order", [(12, 14, 13), (14, 12, 13)])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -58,17 +58,21 @@ def ready_by_queue(places: Iterable[tuple[str | None, datetime | None]]) -> dict
     return {queue: Ready(len(found), min(found)) for queue, found in keys.items()}
 
 
+# A place in line: a sort_key, and an id among those that have the same.
+Place: TypeAlias = tuple[datetime, UUID]
+
+
 class Share(msgspec.Struct, frozen=True, kw_only=True):
     """What one claimant wants of one queue: up to `jobs_max` jobs.
 
-    `earliest` is the sort_key to look from: who knows that nothing is ready before it spares Postgres the way there.
+    `earliest` is where to look from: who knows that nothing is ready before it spares Postgres the way there.
     """
 
     queue: str
     jobs_max: int
     worker_id: UUID
     lease_seconds: float
-    earliest: datetime | None = None
+    earliest: Place | None = None
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -94,6 +98,11 @@ class Lease(msgspec.Struct, frozen=True):
     run_at: datetime
     started_at: datetime
     sort_key: datetime
+
+    @property
+    def place_in_line(self) -> Place:
+        """Where the job stood."""
+        return self.sort_key, self.id
 
 
 class Claimed(Lease, frozen=True):

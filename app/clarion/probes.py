@@ -82,7 +82,11 @@ Look = Callable[[], Sequence[ProcessHealth]]
 def live_faults(processes: Sequence[ProcessHealth]) -> list[str]:
     """Why all of it should be restarted: a process is hung, or none lives."""
     hung = [_text(process) for process in processes if process.state is ProcessState.HUNG]
-    return hung or ([] if any(process.state in {ProcessState.STARTING, *_AT_WORK} for process in processes) else ["no process lives"])
+    return hung or (
+        []
+        if any(process.state in {ProcessState.STARTING, *_AT_WORK} for process in processes)
+        else ["no process lives"]
+    )
 
 
 def ready_faults(processes: Sequence[ProcessHealth]) -> list[str]:

@@ -2,8 +2,8 @@
 
 As long as any session holds a snapshot, the index entries of jobs claimed long ago cannot be removed, and a claim from
 the start walks them all: a claim of one took 0.3 ms, and 4.8 ms after 24,000 jobs behind one held snapshot; a drain
-fell from 12,400 to 6,200 jobs/s after 50,000. So each process remembers, per queue and set of tasks, the sort_key up
-to which it has claimed, and passes it as the lower bound of its next claim.
+fell from 12,400 to 6,200 jobs/s after 50,000. So each process remembers, per queue and set of tasks, the place in line
+up to which it has claimed, and passes it as the lower bound of its next claim.
 
 That is right until a job becomes ready before the mark: of a higher priority, released, or committed late. Whoever
 makes one ready rings, the ring names the earliest sort_key, and that lowers the mark. Rings also come while a claim is
@@ -14,30 +14,33 @@ the mark is only a hint, forgotten at each sweep and each reconnect, and the nex
 
 from collections.abc import Sequence
 from datetime import datetime
+from uuid import UUID
 
-from clarion.execution import Lease
+from clarion.execution import Lease, Place
 
 # The tasks that somebody takes; None: any, or always the same.
 _Tasks = frozenset[str] | None
 
 # Beyond it everything is forgotten, which costs a claim from the start for each.
 _MARKS_MAX = 10_000
+# Before all jobs that have the same sort_key.
+_FIRST_ID = UUID(int=0)
 
 
 class Look:
-    """One claim under way in one queue; `earliest` is the sort_key to look from, None: from the start."""
+    """One claim under way in one queue; `earliest` is the place to look from, None: from the start."""
 
     __slots__ = ("_limit", "_rung", "_void", "earliest", "queue", "tasks")
 
-    def __init__(self, queue: str, tasks: _Tasks, earliest: datetime | None, rung: datetime | None) -> None:
+    def __init__(self, queue: str, tasks: _Tasks, earliest: Place | None, rung: Place | None) -> None:
         self.queue = queue
         self.tasks = tasks
         self.earliest = earliest
         self._rung = rung
-        self._limit: datetime | None = None
+        self._limit: Place | None = None
         self._void = False
 
-    def limit_to(self, earliest: datetime) -> None:
+    def limit_to(self, earliest: Place) -> None:
         """A job became ready there, and this claim may have missed it."""
         self._limit = earliest if self._limit is None else min(self._limit, earliest)
 
@@ -45,16 +48,16 @@ class Look:
         """The mark was forgotten: this claim, begun before, is not to bring it back."""
         self._void = True
 
-    def reached(self, taken: Sequence[Lease], asked: int) -> datetime | None:
-        """Up to which sort_key nothing is left, as far as this claim can tell."""
-        keys = [lease.sort_key for lease in taken]
+    def reached(self, taken: Sequence[Lease], asked: int) -> Place | None:
+        """Up to which place nothing is left, as far as this claim can tell."""
+        places = [lease.place_in_line for lease in taken]
         if len(taken) < asked and self._rung is not None:
             # Nothing is left at all. So what the last ring named is gone too, and whoever comes late to every job does
             # not stay behind.
-            keys.append(self._rung)
-        if self._void or not keys:
+            places.append(self._rung)
+        if self._void or not places:
             return None
-        return max(keys) if self._limit is None else min(max(keys), self._limit)
+        return max(places) if self._limit is None else min(max(places), self._limit)
 
 
 class Watermarks:
@@ -64,21 +67,21 @@ class Watermarks:
     """
 
     def __init__(self) -> None:
-        self._marks: dict[str, dict[_Tasks, datetime]] = {}
+        self._marks: dict[str, dict[_Tasks, Place]] = {}
         self._count = 0
         self._looks: set[Look] = set()
-        self._rung: dict[str, datetime] = {}
+        self._rung: dict[str, Place] = {}
 
     def heard(self, queue: str, earliest: datetime) -> None:
         """A ring: jobs became ready in the queue, the first of them at this sort_key."""
-        marks = self._marks.get(queue)
+        marks, place = self._marks.get(queue), (earliest, _FIRST_ID)
         if marks:
-            self._rung[queue] = earliest
+            self._rung[queue] = place
             for tasks, mark in marks.items():
-                marks[tasks] = min(mark, earliest)
+                marks[tasks] = min(mark, place)
         for look in self._looks:
             if look.queue == queue:
-                look.limit_to(earliest)
+                look.limit_to(place)
 
     def forget(self) -> None:
         """Rings may have been missed: the next claims look from the start."""

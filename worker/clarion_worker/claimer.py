@@ -13,7 +13,6 @@ looks from the start.
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from math import ceil
 from uuid import UUID
 
@@ -23,7 +22,7 @@ import structlog
 
 from clarion.dealing import deal
 from clarion.events import Event
-from clarion.execution import Lease, Policy, Ready, Share
+from clarion.execution import Lease, Place, Policy, Ready, Share
 from clarion.loops import Signal, jittered
 from clarion.settings import Settings
 from clarion.store import Store
@@ -196,11 +195,11 @@ class Claimer:
             raise
         for look, leases in zip(looks, taken, strict=True):
             self._watermarks.end(look, leases, claim_max[look.queue])
-        for lease in sorted([lease for leases in taken for lease in leases], key=_place):
+        for lease in sorted([lease for leases in taken for lease in leases], key=lambda lease: lease.place_in_line):
             self._slots.start(lease, sent)
         self._call_others({look.queue: leases for look, leases in zip(looks, taken, strict=True)}, claim_max, told)
 
-    def _share(self, queue: str, jobs_max: int, earliest: datetime | None) -> Share:
+    def _share(self, queue: str, jobs_max: int, earliest: Place | None) -> Share:
         return Share(
             queue=queue,
             jobs_max=jobs_max,
@@ -230,8 +229,3 @@ class Claimer:
             self._watermarks.heard(queue, ready.earliest)
         self._hungry |= found.keys()
         log.warning(Event.CLAIM_RELEASED, jobs=sum(ready.jobs for ready in found.values()))
-
-
-def _place(lease: Lease) -> tuple[datetime, UUID]:
-    """Where a job stands in the line."""
-    return lease.sort_key, lease.id

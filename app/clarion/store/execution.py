@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from operator import attrgetter
 from uuid import UUID
 
@@ -19,6 +18,7 @@ from clarion.execution import (
     Heartbeat,
     Lease,
     LogLine,
+    Place,
     Policy,
     Ready,
     Release,
@@ -154,12 +154,18 @@ class Execution(StatementRunner):
 
 def _queues(shares: Sequence[Share]) -> list[list[object]]:
     """Each queue once: its name, how many jobs all its shares want, and the least of their bounds, if all have one."""
-    asked: dict[str, tuple[int, datetime | None]] = {}
+    asked: dict[str, tuple[int, Place | None]] = {}
     for share in shares:
         most, earliest = asked.get(share.queue, (0, share.earliest))
         least = None if earliest is None or share.earliest is None else min(earliest, share.earliest)
         asked[share.queue] = most + share.jobs_max, least
-    return [list(asked), [most for most, _ in asked.values()], [earliest for _, earliest in asked.values()]]
+    places = [place or (None, None) for _, place in asked.values()]
+    return [
+        list(asked),
+        [most for most, _ in asked.values()],
+        [key for key, _ in places],
+        [job_id for _, job_id in places],
+    ]
 
 
 def _places(shares: Sequence[Share]) -> list[list[object]]:
