@@ -15,6 +15,7 @@ from clarion.cli.options import COMMON, prepare, setting_flags
 def command(*, host: str, port: int, **flags: Any) -> None:
     """Answer HTTP. Any number of these may run."""
     from clarion.main import bind, serve, url_of
+    from clarion.memory import keep_what_is_loaded
     from clarion.signals import stop_on_signals
 
     settings = prepare(flags)
@@ -24,6 +25,7 @@ def command(*, host: str, port: int, **flags: Any) -> None:
         click.echo(f"Clarion answers on {url_of(listening)}", err=True)
 
     async def run() -> None:
+        keep_what_is_loaded()
         async with stop_on_signals() as stop:
             await serve(settings, listening=listening, stop=stop, started=say_where)
 

@@ -117,6 +117,7 @@ def _child_command(options: WorkOptions) -> list[str]:
 
 def _work(settings: Settings, options: WorkOptions) -> int:
     """Works in this process; its exit code."""
+    from clarion.memory import keep_what_is_loaded
     from clarion.signals import stop_on_signals
     from clarion_worker.pulse import telling
     from clarion_worker.service import WorkerService
@@ -125,6 +126,7 @@ def _work(settings: Settings, options: WorkOptions) -> int:
     names = [name.strip() for name in options.queues.split(",") if name.strip()]
 
     async def run(tell: "Tell | None") -> int:
+        keep_what_is_loaded()
         async with stop_on_signals(within_seconds=settings.drain_timeout_seconds + _STOP_MARGIN_SECONDS) as stop:
             service = WorkerService(worker, settings, queues=names, stop=stop)
             if options.reports_fd is not None:
