@@ -287,6 +287,11 @@ class ProgressBar:
         self._total = total
         self._said = time.monotonic()
 
+    def name(self, what: str) -> None:
+        """What is under way now."""
+        self._what = what
+        self._progress.update(self._task, description=what)
+
     def update(self, done: int) -> None:
         """So many are done."""
         self._progress.update(self._task, completed=done)
