@@ -27,7 +27,7 @@ from rich.table import Table
 from clarion.embedded import running_postgres
 
 ROOT = Path(__file__).resolve().parents[1]
-CATALOGS = ("defects.toml", "defects_of_waking.toml")
+CATALOGS = ("defects.toml", "defects_of_running.toml", "defects_of_waking.toml")
 COPIED = ("app", "worker", "sql", "tests", "scripts", "pyproject.toml")
 TIMEOUT_SECONDS = 180
 # What the tests of the copy import, and read: to be sure that it is the copy's.

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
-import asyncpg
 import msgspec
 import pytest
 
@@ -21,7 +20,7 @@ from clarion_worker.finisher import Finisher
 from clarion_worker.leases import EndReason, Held, Leases
 from clarion_worker.runner import Outcome
 from clarion_worker.testing.attempts import NotedEndings
-from running import client, running_worker
+from running import client, nothing_finishes, running_worker
 from store_actions import Jobs
 
 
@@ -44,18 +43,6 @@ class Gate:
             await self._changed.wait()
 
 
-@asynccontextmanager
-async def nothing_finishes(settings: Settings) -> AsyncIterator[None]:
-    """The history takes no row meanwhile; claims go on."""
-    connection = await asyncpg.connect(settings.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute("lock table clarion.job_history in share mode")
-            yield
-    finally:
-        await connection.close()
-
-
 def numbered(number: int) -> NewJob:
     return NewJob(task="numbered", args=f'{{"number": {number}}}')
 
@@ -63,11 +50,12 @@ def numbered(number: int) -> NewJob:
 async def test_a_slot_takes_its_next_job_while_the_outcome_of_the_last_waits_for_the_database(
     settings: Settings,
 ) -> None:
-    gate, one_slot = Gate(), msgspec.structs.replace(settings, concurrency=1)
+    gate, one_slot = Gate(), msgspec.structs.replace(settings, concurrency=1, sweep_seconds=300.0, lease_seconds=300.0)
     async with client(settings) as jobs, running_worker(gate.worker, one_slot):
         async with nothing_finishes(settings):
             ids = await jobs.enqueue(*[numbered(number) for number in range(2)])
-            await gate.until(begun=2)
+            with anyio.fail_after(10):  # long before the next sweep
+                await gate.until(begun=2)
             assert [(await jobs.store.get_job(job_id)).state for job_id in ids] == ["running"] * 2  # type: ignore[union-attr]
         for job_id in ids:
             assert (await jobs.final(job_id)).attempt == 1
@@ -80,7 +68,7 @@ async def test_outcomes_that_wait_are_as_many_as_there_are_slots_and_no_more(set
         async with nothing_finishes(settings):
             ids = await jobs.enqueue(*[numbered(number) for number in range(9)])
             await gate.until(begun=4)
-            for _ in range(200):  # while the worker sweeps several times
+            for _ in range(200):  # in which a worker that has room claims
                 await jobs.database.fetch("select 1")
             assert len(gate.begun) == 4
         for job_id in ids:

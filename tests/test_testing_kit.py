@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import date
+from functools import partial
 from typing import Any, Literal, get_args
 
 import anyio
@@ -242,6 +243,15 @@ async def test_a_handler_that_does_not_end_is_stuck(monkeypatch: pytest.MonkeyPa
     run = await run_handler(worker, stay.job(), state=[began, released], cancelled_by=began)
     released.set()
     assert (run.state, run.stuck) == ("cancelled", True)
+
+
+async def test_a_handler_whose_test_is_cancelled_ends_with_it() -> None:
+    began, ended = anyio.Event(), anyio.Event()
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(run_handler, worker, wait.job(), state={"began": began, "ended": ended}))
+        await began.wait()
+        group.cancel_scope.cancel()
+    await ended.wait()
 
 
 async def test_the_result_of_a_handler_that_failed_is_its_traceback() -> None:

@@ -47,3 +47,17 @@ begin
   return true;
 end
 $$;
+
+do $$
+declare
+  partition regclass;
+begin
+  for partition in
+    select i.inhrelid::regclass
+    from pg_inherits as i
+    where i.inhparent = 'clarion.job_history'::regclass and i.inhrelid <> 'clarion.job_history_default'::regclass
+  loop
+    execute format('alter table %s set (autovacuum_freeze_min_age = 0)', partition);
+  end loop;
+end
+$$;

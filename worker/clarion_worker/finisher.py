@@ -1,8 +1,8 @@
 """Records outcomes: coalesced into sets, repeated through any weather, fenced by the token.
 
 Nearly always the first call for an outcome is its last, so nobody waits for it: `record` posts it, and what came of a
-whole set is told together, by the one loop of `Finisher.run`. Only an outcome that meets weather gets a task, in which
-it is said again until Postgres has answered.
+whole set is told together, by the one loop of `Finisher.run`. Only an outcome that meets weather, or that a handler has
+recorded itself, gets a task, in which it is said again until Postgres has answered.
 """
 
 import math
@@ -10,6 +10,7 @@ from asyncio import Future
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 from uuid import UUID
 
 import anyio
@@ -38,6 +39,15 @@ Recorded = Callable[[Held, Outcome, str | None], None]
 _LEFT_OPEN_SECONDS = 10.0
 
 
+class _Answered(NamedTuple):
+    """What came of the first call for an outcome; neither answer nor error: there was none."""
+
+    held: Held
+    outcome: Outcome
+    answer: Completed | Ended | None = None
+    error: BaseException | None = None
+
+
 class Finisher:
     """Says what became of attempts. A finished result is kept, and said again, until Postgres has answered.
 
@@ -48,20 +58,17 @@ class Finisher:
         self._endings = endings
         self._confirm = confirm
         self._recorded = recorded
-        self._answered: deque[tuple[Held, Outcome, Future[Completed] | Future[Ended] | None]] = deque()
+        self._answered: deque[_Answered] = deque()
         self._look = Signal()
 
     def record(self, held: Held, outcome: Outcome) -> None:
         """Sees to it that an outcome is recorded, and told to `recorded`."""
-        if held.committing or outcome is None or not self._endings.batching:
-            self._note(held, outcome, None)
-            return
-        try:
-            answered = self._endings.post(outcome)
-        except Unavailable:
-            self._note(held, outcome, None)
+        if outcome is None and not held.committing:
+            self._recorded(held, None, None)
+        elif outcome is None or held.committing or not self._endings.batching:
+            self._note(_Answered(held, outcome))
         else:
-            answered.add_done_callback(partial(self._note, held, outcome))
+            self._post(held, outcome)
 
     async def run(self) -> None:
         """Tells what was recorded until it is cancelled."""
@@ -70,17 +77,28 @@ class Finisher:
                 await self._look.wait()
                 with written_together():
                     while self._answered:
-                        held, outcome, answered = self._answered.popleft()
-                        error = None if answered is None else answered.exception()
-                        if answered is not None and error is None:
-                            self._recorded(held, outcome, answered.result().state)
-                        elif error is None or isinstance(error, ClarionError):
-                            patient.start_soon(self._finish, held, outcome, error)
+                        answered = self._answered.popleft()
+                        if answered.answer is not None:
+                            self._recorded(answered.held, answered.outcome, answered.answer.state)
+                        elif answered.error is None or isinstance(answered.error, ClarionError):
+                            patient.start_soon(self._finish, answered.held, answered.outcome, answered.error)
                         else:
-                            raise error
+                            raise answered.error
 
-    def _note(self, held: Held, outcome: Outcome, answered: Future[Completed] | Future[Ended] | None) -> None:
-        self._answered.append((held, outcome, answered))
+    def _post(self, held: Held, outcome: Ending) -> None:
+        try:
+            answered = self._endings.post(outcome)
+        except Unavailable as error:
+            self._note(_Answered(held, outcome, error=error))
+        else:
+            answered.add_done_callback(partial(self._note_answer, held, outcome))
+
+    def _note_answer(self, held: Held, outcome: Ending, answered: Future[Completed] | Future[Ended]) -> None:
+        error = answered.exception()
+        self._note(_Answered(held, outcome, None if error else answered.result(), error))
+
+    def _note(self, answered: _Answered) -> None:
+        self._answered.append(answered)
         self._look.set()
 
     async def _finish(self, held: Held, outcome: Outcome, error: ClarionError | None) -> None:

@@ -108,13 +108,13 @@ class WorkerService:
             store, ringer, buffer_max=2 * self._settings.concurrency + 100, batch_max=self._settings.batch_max
         )
         keeper = LineKeeper()
-        runner = Runner(self._equipment(endings, keeper, processes, states), self._leases, self._settings)
+        runner = Runner(
+            self._equipment(endings, keeper, processes, states), self._leases, self._settings, self._slot_freed
+        )
         finisher = Finisher(endings, store.find_endings, self._recorded)
         self._runner = runner
         peers = Peers(ringer, self._settings)
-        self._claimer = claimer = self._open_claimer(
-            store, peers, partial(self._start, runner, partial(self._concluded, finisher))
-        )
+        self._claimer = claimer = self._open_claimer(store, peers, partial(self._start, runner, finisher.record))
         heartbeats = Heartbeats(
             self._leases, self._settings, self._describe, on_drain=self._stop.set, on_standings=peers.learn
         )
@@ -172,9 +172,8 @@ class WorkerService:
     def _start(self, runner: Runner, done: Done, lease: Lease, sent: float) -> None:
         runner.start(self._leases.add(lease, sent=sent), done)
 
-    def _concluded(self, finisher: Finisher, held: Held, outcome: Outcome) -> None:
-        """An attempt has ended: its slot takes the next job while its outcome is recorded."""
-        finisher.record(held, outcome)
+    def _slot_freed(self) -> None:
+        """An attempt has ended: its slot takes the next job while the outcome is recorded."""
         self._stop_if_worn_out()
         self._refill()
 

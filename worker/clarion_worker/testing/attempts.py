@@ -19,7 +19,7 @@ from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import Ringer
 from clarion_worker.finisher import Finisher
-from clarion_worker.leases import Held, Leases
+from clarion_worker.leases import EndReason, Held, Leases
 from clarion_worker.lines import LineKeeper
 from clarion_worker.processes import open_processes, target_of
 from clarion_worker.registry import Lifespan, Task
@@ -68,7 +68,6 @@ class Attempts:
         """One attempt up to its outcome, which is not recorded yet; the run's state is empty."""
         stuck = self._runner.stuck
         outcome = await self._outcome(held)
-        self._leases.remove(held)
         said = self._endings.said.pop(held.lease.token, Said())
         return outcome, describe(held.lease, outcome, said, stuck=self._runner.stuck > stuck)
 
@@ -76,12 +75,16 @@ class Attempts:
         outcomes: list[Outcome] = []
         ended = anyio.Event()
 
-        def done(_held: Held, outcome: Outcome) -> None:
+        def done(held: Held, outcome: Outcome) -> None:
+            self._leases.remove(held)
             outcomes.append(outcome)
             ended.set()
 
         self._runner.start(held, done)
-        await ended.wait()
+        try:
+            await ended.wait()
+        finally:
+            held.end(EndReason.DRAINED)  # of a handler that has ended, nothing
         return outcomes[0]
 
     async def finish(self, held: Held, outcome: Outcome) -> None:
