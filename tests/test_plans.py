@@ -80,6 +80,7 @@ HOT: dict[str, tuple[set[str], int]] = {
     "claim_jobs": ({"jobs_ready"}, CLAIM),
     "complete_jobs": ({"jobs_pkey"}, BATCH),
     "heartbeat_jobs": ({"jobs_pkey"}, BATCH),
+    "extend_leases": ({"jobs_pkey"}, BATCH),
     "record_logs": ({"jobs_pkey"}, BATCH),
     "fail_jobs": ({"jobs_pkey"}, BATCH),
     "snooze_jobs": ({"jobs_pkey"}, BATCH),
@@ -123,6 +124,7 @@ async def arguments(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str,
         "claim_any_task": f"{claim}, '{{x}}'" + ", '{null}'" * 4 + ", true",
         "complete_jobs": f"{ids}, {tokens}, {nothing}, {nothing}",
         "heartbeat_jobs": f"{ids}, {tokens}, {minute}, {nothing}, {nothing}",
+        "extend_leases": f"{ids}, {tokens}",
         "record_logs": f"{ids}, {tokens}, {', '.join(same(value, rows) for value in ('1', 'info', 'hi', 'null'))}, 10",
         "fail_jobs": f"{ids}, {tokens}, {failed}, {', '.join([nothing] * 5)}, 20::smallint, 5, 3600",
         "snooze_jobs": f"{ids}, {tokens}, {minute}, {same('true', rows)}, 10",
@@ -249,8 +251,12 @@ class Plan:
         return any(node["Node Type"] == "Seq Scan" and node["Relation Name"].startswith(tables) for node in self._nodes)
 
     def most_read_of_jobs(self) -> int:
+        """The most rows that one scan of the jobs looked at."""
+        return self.most_read_of("jobs")
+
+    def most_read_of(self, table: str) -> int:
         """The most rows that one scan of the table looked at, those it threw away included."""
-        scans = [node for node in self._nodes if node.get("Relation Name") == "jobs" and "Scan" in node["Node Type"]]
+        scans = [node for node in self._nodes if node.get("Relation Name") == table and "Scan" in node["Node Type"]]
         return max((rows(scan) + rows(scan, "Rows Removed by Filter") for scan in scans), default=0)
 
     def most_sorted(self) -> int:
@@ -303,6 +309,41 @@ async def test_a_hot_statement_reads_only_what_it_takes(
         async with undone(connection):
             taken = await connection.execute(call("claim_jobs", given))
             assert taken == f"UPDATE {CLAIM}"
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("analysed", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 20])
+async def test_who_else_hears_the_rings_is_found_in_one_pass_whatever_queues_they_have(
+    fresh: Settings, analysed: bool, step: int
+) -> None:
+    """Each of 100 workers has 20 queues: the same as the one before, all but one of them, or others altogether."""
+    connection = await asyncpg.connect(**connect_options(fresh, name="test"))
+    try:
+        await connection.execute("alter table clarion.workers set (autovacuum_enabled = off)")
+        await connection.execute("analyze clarion.workers")
+        prepared = f"prepare find_standings as {statement('find_standings')}"
+        if not analysed:
+            await connection.execute(prepared)
+            await connection.execute("execute find_standings(clarion.new_id(), 30)")
+        await connection.execute(
+            f"""
+            insert into clarion.workers (id, name, version, queues, tasks, concurrency)
+            select clarion.new_id(), 'w', '1', array(
+              select 'q' || (q + n * {step}) from generate_series(1, 20) as q
+            ), '{{t}}', 10
+            from generate_series(1, 100) as n
+            """
+        )
+        if analysed:
+            await connection.execute("analyze clarion.workers")
+            await connection.execute(prepared)
+        asks = await connection.fetchval("select id from clarion.workers order by id offset 50 limit 1")
+        plan = await explain(connection, "find_standings", {"find_standings": f"'{asks}', 30"})
+        assert plan.most_read_of("workers") <= 100
+        assert plan.most_joined_in_vain() <= 100 * 20
+        assert len(await connection.fetch(f"execute find_standings('{asks}', 30)")) == 20
     finally:
         await connection.close()
 

@@ -1,16 +1,19 @@
 """Extending leases: from now, never past the attempt's deadline, and cheap."""
 
+import math
 from typing import Any
 from uuid import UUID, uuid4
 
 import msgspec
 import pytest
 
-from clarion.db import Database
+from clarion.db import Database, Locked
 from clarion.errors import Unstorable
 from clarion.execution import Lease
 from clarion.settings import Settings
 from store_actions import BEATS, Jobs, attempt_all, beat
+
+UPDATES = "select n_tup_upd, n_tup_hot_upd from pg_stat_xact_user_tables where relid = 'clarion.jobs'::regclass"
 
 
 @pytest.fixture
@@ -208,6 +211,65 @@ async def test_two_beats_of_one_lease_need_not_wait_for_each_other(jobs: Jobs) -
     assert await said(jobs, lease.id) == ('{"current": 1}', '{"at": 1}')
 
 
+# -- All leases of a worker at once
+
+
+async def test_leases_are_extended_by_as_much_as_their_claims_asked_for(jobs: Jobs) -> None:
+    await jobs.enqueue(2)
+    (long,), (short,) = [await jobs.claim(lease_seconds=seconds) for seconds in (100.0, 50.0)]
+    for lease in (long, short):
+        await jobs.expire(lease.id)
+    answers = {answer.id: answer for answer in await jobs.store.extend_leases([short, long])}
+    assert [answers[lease.id].extended for lease in (long, short)] == [True, True]
+    assert [answers[lease.id].lease_seconds for lease in (long, short)] == [math.inf] * 2
+    assert await seconds_left(jobs, long.id) == pytest.approx(100, abs=1)
+    assert await seconds_left(jobs, short.id) == pytest.approx(50, abs=1)
+
+
+async def test_what_a_deadline_leaves_of_a_lease_is_said(jobs: Jobs) -> None:
+    lease = await jobs.run(timeout_seconds=10.0)
+    (answer,) = await jobs.store.extend_leases([lease])
+    assert answer.lease_seconds == pytest.approx(15, abs=1)
+    assert await seconds_left(jobs, lease.id) == pytest.approx(15, abs=1)
+
+
+async def test_a_lease_to_be_cancelled_is_not_extended_with_the_others(jobs: Jobs) -> None:
+    lease, other = await jobs.run(), await jobs.run()
+    await jobs.cancel(lease.id)
+    before = await jobs.row(lease.id)
+    answers = {answer.id: answer for answer in await jobs.store.extend_leases([lease, other])}
+    assert (answers[lease.id].cancelled, answers[other.id].cancelled) == (True, False)
+    assert (await jobs.row(lease.id))["lease_expires_at"] == before["lease_expires_at"]
+
+
+async def test_of_all_leases_only_those_still_held_are_answered(jobs: Jobs) -> None:
+    lease, lost, done = [await jobs.run() for _ in range(3)]
+    await jobs.lose(lost)
+    await jobs.attempt("complete", done)
+    stale = msgspec.structs.replace(lease, token=uuid4())
+    assert [answer.id for answer in await jobs.store.extend_leases([lease, lost, done])] == [lease.id]
+    assert await jobs.store.extend_leases([stale]) == []
+
+
+async def test_where_a_row_stays_locked_nothing_is_extended_and_it_is_said(jobs: Jobs) -> None:
+    lease, locked = await jobs.run(), await jobs.run()
+    before = await jobs.row(lease.id)
+    async with jobs.session() as other, jobs.session() as beating:
+        await other.fetch("select from clarion.jobs where id = $1 for update", locked.id)
+        await beating.fetch("set local lock_timeout = '50ms'")
+        with pytest.raises(Locked):
+            await beating.store.extend_leases([lease, locked])
+    assert (await jobs.row(lease.id))["lease_expires_at"] == before["lease_expires_at"]
+
+
+async def test_extending_all_leases_is_hot_as_well(jobs: Jobs) -> None:
+    leases = [await jobs.run() for _ in range(5)]
+    async with jobs.session() as session:
+        await session.store.extend_leases(leases)
+        (row,) = await session.fetch(UPDATES)
+    assert (row["n_tup_upd"], row["n_tup_hot_upd"]) == (5, 5)
+
+
 # -- What it costs
 
 
@@ -216,9 +278,7 @@ async def test_a_heartbeat_is_a_hot_update(jobs: Jobs, verb: str) -> None:
     leases = [await jobs.run() for _ in range(5)]
     async with jobs.session() as session:
         assert all(await attempt_all(session.store, verb, leases))
-        (row,) = await session.fetch("""
-            select n_tup_upd, n_tup_hot_upd from pg_stat_xact_user_tables where relid = 'clarion.jobs'::regclass
-        """)
+        (row,) = await session.fetch(UPDATES)
     assert (row["n_tup_upd"], row["n_tup_hot_upd"]) == (5, 5)
 
 

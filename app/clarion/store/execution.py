@@ -85,6 +85,15 @@ class Execution(StatementRunner):
         )
         return [Heartbeat(*row) for row in rows]
 
+    async def extend_leases(self, leases: Sequence[Lease]) -> list[Heartbeat]:
+        """Extends leases by as much as their claims asked for; one answer for each that is still held.
+
+        Raises Locked, and has done nothing, where another session keeps a row locked: `heartbeat_jobs` passes over it.
+        """
+        ordered = sorted(leases, key=attrgetter("id"))
+        rows = await self._fetch("extend_leases", *columns(ordered, "id", "token"))
+        return [Heartbeat(*row) for row in rows]
+
     async def complete_jobs(self, completions: Sequence[Completion]) -> list[Completed]:
         """Finishes jobs; one answer each, in order."""
         rows = await self._fetch("complete_jobs", *columns(completions, "id", "token", "result", "key"))
