@@ -17,22 +17,30 @@ from clarion.db import Database
 from clarion.job import Job, NewJob
 from clarion.probes import ProcessState
 from clarion.settings import Settings
-from clarion_worker.supervisor import Launch, Supervisor
+from clarion_worker.supervisor import Launch, Supervisor, restart_seconds
 from conftest import settings_for
 from postgres_processes import Watched, children_of
 from running import Client, client
+from test_dev import dev, run_job
 from test_worker_health import free_port, until_status
 from verification import Child, clarion, running
 
-# It holds the interpreter's lock, so that no thread of its process runs meanwhile.
+# What holds the interpreter's lock lets no thread of its process run meanwhile; what it has started before did to its
+# standard input what some programs do.
 TASKS = """
-import ctypes
+import ctypes, pathlib, subprocess, sys
 from clarion_worker import Worker
 worker = Worker()
 
 @worker.task("holds-the-lock")
 async def holds_the_lock() -> None:
+    subprocess.run([sys.executable, "-S", "-c", "import fcntl; fcntl.fcntl(0, fcntl.F_SETFL, 0)"], check=True)
+    pathlib.Path("held").touch()
     ctypes.PyDLL(None).sleep(600)
+
+@worker.task("reads-what-is-typed")
+def reads_what_is_typed() -> str:
+    return subprocess.run(["cat"], stdout=subprocess.PIPE, text=True, check=True, timeout=10).stdout
 """
 
 
@@ -64,6 +72,14 @@ async def until_seen(jobs: Client, condition: Callable[[dict[int, UUID]], bool])
         }
         if condition(seen):
             return seen
+        with anyio.move_on_after(0.02):
+            await poll.wait()
+
+
+async def until_there(path: Path) -> None:
+    """Returns once the file is there; the test's own time limit is the only one."""
+    poll = anyio.Event()
+    while not await anyio.Path(path).exists():
         with anyio.move_on_after(0.02):
             await poll.wait()
 
@@ -132,11 +148,25 @@ async def test_no_process_outlives_a_killed_supervisor(settings: Settings, tmp_p
         client(settings) as jobs,
         two_processes(settings, jobs, "own_tasks:worker", cwd=tmp_path) as child,
     ):
-        (job_id,) = await jobs.enqueue(NewJob(task="holds-the-lock"))
-        await jobs.until(job_id, lambda job: job.state == "running")
+        await jobs.enqueue(NewJob(task="holds-the-lock"))
+        await until_there(tmp_path / "held")
         watched = Watched(*children_of(child.process.pid))
         child.process.send_signal(signal.SIGKILL)
         await anyio.to_thread.run_sync(watched.await_death)
+
+
+async def test_what_a_handler_starts_finds_nothing_on_standard_input(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "own_tasks.py").write_text(TASKS)
+    async with client(settings) as jobs, two_processes(settings, jobs, "own_tasks:worker", cwd=tmp_path):
+        job = await jobs.run(NewJob(task="reads-what-is-typed", max_attempts=1))
+    assert (job.state, job.result) == ("succeeded", '""')
+
+
+async def test_what_a_handler_starts_finds_nothing_on_standard_input_under_dev_either(tmp_path: Path) -> None:
+    (tmp_path / "own_tasks.py").write_text(TASKS)
+    async with dev(tmp_path, "own_tasks:worker", "--ephemeral") as (_, url):
+        job = await run_job(url, task="reads-what-is-typed", max_attempts=1)
+    assert (job["state"], job["result"]) == ("succeeded", "")
 
 
 async def test_a_module_that_does_not_import_ends_the_command_and_is_said_once(
@@ -203,6 +233,7 @@ scripts = sorted(name for name in os.listdir(here) if name.startswith("script"))
 exec(open(f"{here}/{scripts[min(life, len(scripts) - 1)]}").read())
 """
 STARTS = """os.write(int(fd), b'{"state": "running"}\\n'); """
+DRAINS = """os.write(int(fd), b'{"state": "draining"}\\n'); """
 
 
 def supervisor_of(
@@ -215,7 +246,6 @@ def supervisor_of(
         command=[sys.executable, "-S", "-c", LIFE, str(directory)],
         environment={},
         drain_max_seconds=drain_max_seconds,
-        exit_refused=2,
     )
     return Supervisor(launch, Settings(), count=count, stop=stop)
 
@@ -249,19 +279,58 @@ async def test_what_keeps_the_first_process_from_starting_ends_them_all(tmp_path
     assert (await supervisor.run(), lives(tmp_path)) == (7, 1)
 
 
-async def test_a_replacement_that_is_refused_ends_them_all(tmp_path: Path) -> None:
-    supervisor = supervisor_of(tmp_path, STARTS + "sys.exit(2)", "sys.exit(2)", stop=anyio.Event())
-    assert (await supervisor.run(), lives(tmp_path)) == (2, 2)
+async def test_a_first_process_that_ends_well_before_it_has_started_has_failed(tmp_path: Path) -> None:
+    supervisor = supervisor_of(tmp_path, "sys.exit(0)", stop=anyio.Event(), count=3)
+    assert (await supervisor.run(), lives(tmp_path)) == (1, 1)
+
+
+async def test_a_replacement_that_cannot_start_is_tried_again(tmp_path: Path) -> None:
+    supervisor = supervisor_of(tmp_path, STARTS + "sys.exit(2)", "sys.exit(2)", STARTS + DRAINS, stop=anyio.Event())
+    assert (await supervisor.run(), lives(tmp_path)) == (0, 3)
+
+
+async def test_a_process_that_ends_well_unasked_is_replaced(tmp_path: Path) -> None:
+    supervisor = supervisor_of(tmp_path, STARTS + "os._exit(0)", STARTS + DRAINS, stop=anyio.Event())
+    assert (await supervisor.run(), lives(tmp_path)) == (0, 2)
+
+
+async def test_a_process_that_ends_well_when_it_was_told_to_stop_has_drained(tmp_path: Path) -> None:
+    stop = anyio.Event()
+    ends_well = "signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); "
+    supervisor = supervisor_of(tmp_path, ends_well + STARTS + "signal.pause()", stop=stop)
+    codes = []
+    async with anyio.create_task_group() as group:
+
+        async def run() -> None:
+            codes.append(await supervisor.run())
+
+        group.start_soon(run)
+        await until_state(supervisor, ProcessState.RUNNING)
+        stop.set()
+    assert (codes, supervisor.look()[0].state) == ([0], ProcessState.DRAINED)
+
+
+async def test_what_a_process_leaves_behind_that_ends_unasked_is_killed(tmp_path: Path) -> None:
+    locks = "import fcntl; lock = open(f'{here}/lock', 'w'); fcntl.flock(lock, fcntl.LOCK_EX); "
+    leaves_its_lock = locks + "os.fork() or signal.pause(); " + STARTS + "os._exit(0)"
+    supervisor = supervisor_of(tmp_path, leaves_its_lock, locks + STARTS + DRAINS, stop=anyio.Event())
+    assert (await supervisor.run(), lives(tmp_path)) == (0, 2)
+
+
+def test_the_pause_before_a_replacement_doubles_to_half_a_minute() -> None:
+    assert restart_seconds(0) == 0
+    assert all(0.8 * wait <= restart_seconds(deaths) <= 1.2 * wait for deaths, wait in ((1, 0.1), (2, 0.2), (6, 3.2)))
+    assert all(24 <= restart_seconds(deaths) <= 36 for deaths in (10, 20, 10_000))
 
 
 async def test_a_process_that_is_killed_before_it_has_started_is_replaced(tmp_path: Path) -> None:
-    supervisor = supervisor_of(tmp_path, "os.kill(0, signal.SIGKILL)", STARTS, stop=anyio.Event())
+    supervisor = supervisor_of(tmp_path, "os.kill(0, signal.SIGKILL)", STARTS + DRAINS, stop=anyio.Event())
     assert (await supervisor.run(), lives(tmp_path)) == (0, 2)
 
 
 async def test_a_process_that_reports_nonsense_does_not_end_the_supervisor(tmp_path: Path) -> None:
     nonsense = """os.write(int(fd), b'x' * 60_000 + b'\\n{\\n\\xff\\n{"state": "gone"}\\n'); """
-    supervisor = supervisor_of(tmp_path, nonsense + STARTS + "sys.exit(3)", STARTS, stop=anyio.Event())
+    supervisor = supervisor_of(tmp_path, nonsense + STARTS + "sys.exit(3)", STARTS + DRAINS, stop=anyio.Event())
     assert (await supervisor.run(), lives(tmp_path)) == (0, 2)
 
 
@@ -303,7 +372,7 @@ async def test_a_process_that_does_not_drain_in_time_is_killed_with_what_it_star
 async def test_what_cannot_be_started_for_now_is_tried_again(tmp_path: Path) -> None:
     stop = anyio.Event()
     absent = tmp_path / "interpreter"
-    launch = Launch(command=[str(absent)], environment={}, drain_max_seconds=60, exit_refused=2)
+    launch = Launch(command=[str(absent)], environment={}, drain_max_seconds=60)
     supervisor = Supervisor(launch, Settings(), count=1, stop=stop)
     codes = []
     async with anyio.create_task_group() as group:
@@ -314,6 +383,54 @@ async def test_what_cannot_be_started_for_now_is_tried_again(tmp_path: Path) -> 
         group.start_soon(run)
         while supervisor.look()[0].restarts == 0:
             await anyio.lowlevel.checkpoint()
-        absent.write_text("#!/bin/sh\nexit 0\n")
+        absent.write_text("""#!/bin/sh\necho '{"state": "draining"}' > /dev/fd/$1\n""")
         absent.chmod(0o755)
     assert codes == [0]
+
+
+# It gets what its processes leave behind, as the first process of a container does. PR_SET_CHILD_SUBREAPER is 36.
+REAPER = """
+import ctypes, sys, anyio
+from clarion.settings import Settings
+from clarion_worker.supervisor import Launch, Supervisor
+
+async def main():
+    launch = Launch(command=sys.argv[1:], environment={}, drain_max_seconds=60)
+    return await Supervisor(launch, Settings(), count=1, stop=anyio.Event(), reaps_orphans=True).run()
+
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
+sys.exit(anyio.run(main, backend_options={"use_uvloop": True}))
+"""
+# What it forks leads a session of its own, which nobody ends with it.
+LEAVES_ORPHAN = """
+pid = os.fork()
+if not pid:
+    os.setsid()
+    signal.pause()
+while os.getsid(pid) != pid:
+    pass
+open(f"{here}/orphan", "w").write(str(pid))
+"""
+WAITS_FOR_SIGTERM = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+open(f"{here}/waits", "w").close()
+signal.sigwait([signal.SIGTERM])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to another process than the first")
+async def test_a_supervisor_that_inherits_orphans_reaps_them_and_still_hears_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "script0").write_text(STARTS + LEAVES_ORPHAN + "sys.exit(3)")
+    (tmp_path / "script1").write_text(STARTS + WAITS_FOR_SIGTERM + DRAINS)
+    command = [sys.executable, "-c", REAPER, sys.executable, "-S", "-c", LIFE, str(tmp_path)]
+    async with running(command) as child:
+        await until_there(tmp_path / "waits")
+        orphan = int((tmp_path / "orphan").read_text())
+        (own,) = set(children_of(child.process.pid)) - {orphan}
+        os.kill(orphan, signal.SIGKILL)
+        poll = anyio.Event()
+        while await anyio.Path(f"/proc/{orphan}").exists():
+            with anyio.move_on_after(0.02):
+                await poll.wait()
+        os.kill(own, signal.SIGTERM)
+        assert await child.process.wait() == 0

@@ -3,7 +3,7 @@
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -12,8 +12,10 @@ import asyncpg
 import httpx2
 import msgspec
 import pytest
+from anyio.abc import ByteStream
 
-from clarion.api.health_port import create_app
+from clarion.api import health_port
+from clarion.api.health_port import answering_probes, bind_health_port, create_app
 from clarion.db import Database
 from clarion.job import NewJob
 from clarion.probes import ProcessHealth, ProcessState, Vitals, WatchedProcess, live_faults, ready_faults
@@ -96,6 +98,56 @@ async def test_a_probe_answers_with_every_process_and_what_is_wrong() -> None:
         }
         assert (await http.head("/startupz")).status_code == 200
         assert (await http.get("/metrics")).status_code == 404
+
+
+@asynccontextmanager
+async def probed(host: str = "127.0.0.1") -> AsyncIterator[int]:
+    """A port that answers for one process, which is well."""
+    with bind_health_port(host, 0) as listening:
+        async with answering_probes(listening, lambda: [WELL]):
+            yield listening.getsockname()[1]
+
+
+async def hangs_up(connection: ByteStream) -> bool:
+    """Whether the other side says nothing and closes it; waits until it does either."""
+    try:
+        await connection.receive()
+    except (anyio.EndOfStream, anyio.BrokenResourceError):
+        return True
+    return False
+
+
+async def test_idle_connections_keep_no_probe_out() -> None:
+    async with probed() as port, AsyncExitStack() as held:
+        idle = [await held.enter_async_context(await anyio.connect_tcp("127.0.0.1", port)) for _ in range(100)]
+        for _ in range(10):
+            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+                assert (await http.get("/livez")).status_code == 200
+        assert await hangs_up(idle[0]), "the oldest make room"
+
+
+async def test_a_probe_keeps_no_connection() -> None:
+    async with probed() as port, await anyio.connect_tcp("127.0.0.1", port) as connection:
+        for request in (b"GET /livez HTTP/1.1\r\n", b"host: worker\r\n\r\n"):
+            await connection.send(request)
+        answer = b"".join([chunk async for chunk in connection]).lower()
+        assert answer.startswith(b"http/1.1 200 ")
+        assert b"\r\nconnection: close\r\n" in answer
+
+
+async def test_a_request_that_is_never_completed_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_port, "_CONNECTION_SECONDS", 0.1)
+    async with probed() as port, await anyio.connect_tcp("127.0.0.1", port) as connection:
+        await connection.send(b"GET /livez HTTP/1.1\r\n")
+        assert await hangs_up(connection)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no sockets for both")
+async def test_every_ipv6_address_is_every_address() -> None:
+    async with probed("::") as port:
+        for host in ("127.0.0.1", "[::1]"):
+            async with httpx2.AsyncClient(base_url=f"http://{host}:{port}") as http:
+                assert (await http.get("/livez")).status_code == 200
 
 
 def free_port() -> int:

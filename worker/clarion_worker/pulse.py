@@ -49,6 +49,7 @@ async def telling(tell: Tell, look: Callable[[], Vitals], settings: Settings, st
         group.start_soon(beat)
         yield
         group.cancel_scope.cancel()
+        tell(look())  # that it has drained is known by its last word
 
 
 def teller(fd: int) -> Tell:
@@ -93,14 +94,26 @@ class Hearing:
         return bool(chunk)
 
 
-def die_with_supervisor() -> None:
-    """Has the kernel kill this process group when the pipe that is standard input ends, on Linux.
+def take_lifeline() -> int:
+    """The pipe that was standard input, on a descriptor that nothing inherits; standard input is empty from now on.
+
+    What a handler starts would wait for the end of that pipe, which comes with our own; and it could change how we
+    hear of it, since whoever has a pipe shares its flags.
+    """
+    lifeline = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return lifeline
+
+
+def die_with_supervisor(lifeline: int) -> None:
+    """Has the kernel kill this process group when the pipe ends, on Linux.
 
     Whatever the process executes then, C code that holds the interpreter's lock included. Nothing is ever written to
     that pipe.
     """
     if sys.platform == "linux" and os.getpgrp() == os.getpid():
-        fd = sys.stdin.fileno()
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)

@@ -6,12 +6,16 @@ supervisor, however that ends, by the end of a pipe (`pulse.die_with_supervisor`
 
 The first process is started alone, and the others when it has started. What keeps a worker from starting (a module that
 does not import, a schema that is too old) is said once and ends the command, as it does where there is one process.
+Once any has started, the same is no more than one process's bad luck: the others go on, and it is tried again.
+
+A process has drained when it said that it drains, or was told to, and then ended well. One that only ended well was
+ended by a handler that called `os._exit(0)`, and is replaced like any that dies.
 """
 
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 
 import anyio
@@ -20,7 +24,7 @@ import structlog
 from anyio.abc import Process
 
 from clarion.events import Event
-from clarion.loops import backoff_seconds
+from clarion.loops import jittered
 from clarion.probes import ProcessHealth, ProcessState, Vitals, WatchedProcess
 from clarion.settings import Settings
 from clarion.signals import until
@@ -30,20 +34,22 @@ log = structlog.get_logger()
 
 # A process that lived for longer is replaced at once; one that dies sooner, again and again, later and later.
 _STEADY_SECONDS = 30.0
+_RESTART_FIRST_SECONDS = 0.1
+_RESTART_CAP_SECONDS = 30.0
 _EXIT_FAILED = 1
+# For so long at most an orphan that has ended keeps its process id.
+_REAP_SECONDS = 1.0
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """How one process is started: its command line, to which the descriptor it reports to is added, and what it gets.
 
-    `drain_max_seconds`: a process that was told to drain and lives on is killed then. `exit_refused`: the code with
-    which a process says that starting it again is of no use.
+    `drain_max_seconds`: a process that was told to drain and lives on is killed then.
     """
 
     command: Sequence[str]
     environment: Mapping[str, str]
     drain_max_seconds: float
-    exit_refused: int
 
 
 class _Place(WatchedProcess):
@@ -66,23 +72,36 @@ class _Place(WatchedProcess):
 
 
 class Supervisor:
-    """Keeps `count` processes running until `stop` is set, or until each has been drained from afar."""
+    """Keeps `count` processes running until `stop` is set, or until each has been drained from afar.
 
-    def __init__(self, launch: Launch, settings: Settings, *, count: int, stop: anyio.Event) -> None:
+    `reaps_orphans`: for the first process of a container, which the kernel makes the parent of whatever its own
+    children leave behind.
+    """
+
+    def __init__(
+        self, launch: Launch, settings: Settings, *, count: int, stop: anyio.Event, reaps_orphans: bool = False
+    ) -> None:
         self._launch = launch
         self._places = [_Place(hang_after_seconds=settings.hang_after_seconds) for _ in range(count)]
         self._stop = stop
         self._exit_code = 0
+        self._reaps_orphans = reaps_orphans
+        self._own_pids: set[int] = set()
+        self._spawning = anyio.Lock()  # held while a child may live whose id is not among these
 
     async def run(self) -> int:
         """Returns when no process lives any more: 0 if all have drained, else why not."""
         log.info(Event.SUPERVISOR_STARTED, pid=os.getpid(), processes=len(self._places))
         first, *others = self._places
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._keep, first)
-            await first.settled.wait()
-            for place in others:
-                group.start_soon(self._keep, place)
+        async with anyio.create_task_group() as background:
+            if self._reaps_orphans:
+                background.start_soon(self._reap)
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._keep, first)
+                await first.settled.wait()
+                for place in others:
+                    group.start_soon(self._keep, place)
+            background.cancel_scope.cancel()
         log.info(Event.SUPERVISOR_STOPPED, exit_code=self._exit_code)
         return self._exit_code
 
@@ -107,7 +126,8 @@ class Supervisor:
                 place.hear(Vitals(ProcessState.DRAINED))
                 break
             place.hear(Vitals(ProcessState.RESTARTING))
-            pause_seconds = _pause_seconds(place, lived_seconds=time.monotonic() - began)
+            place.early_deaths = place.early_deaths + 1 if time.monotonic() - began < _STEADY_SECONDS else 0
+            pause_seconds = restart_seconds(place.early_deaths)
             log.warning(
                 Event.WORKER_CHILD_EXITED, pid=place.pid, cause=_cause(code), restart_seconds=round(pause_seconds, 2)
             )
@@ -118,21 +138,30 @@ class Supervisor:
 
     def _is_last(self, place: _Place, code: int | None) -> bool:
         """Whether the place stays empty after its process has ended so; notes what the whole will exit with."""
-        if code is None:
-            return self._stop.is_set()
+        if self._has_drained(place, code):
+            return True
         if self._stop.is_set():
             # One that had not installed its signal handlers had nothing to drain either.
-            if code != 0 and not (code == -signal.SIGTERM and place.is_starting()):
-                self._exit_code = self._exit_code or _EXIT_FAILED
-                log.warning(Event.WORKER_CHILD_EXITED, pid=place.pid, cause=_cause(code))
+            if code and not (code == -signal.SIGTERM and place.is_starting()):
+                self._fail(place, code)
             return True
-        # Until the first process has started, no other runs: whatever it fails with keeps all of them from starting.
-        is_hopeless = code > 0 and not self._places[0].settled.is_set()
-        if is_hopeless or (code == self._launch.exit_refused and place.is_starting()):
-            self._exit_code = code
-            self._stop.set()
-            return True
-        return code == 0
+        if code is None or code < 0 or any(place.health().started for place in self._places):
+            return False
+        # Until one has started, no other runs: whatever it fails with, and has said itself, keeps all from starting.
+        self._exit_code = code
+        if code == 0:
+            self._fail(place, code)
+        self._stop.set()
+        return True
+
+    def _has_drained(self, place: _Place, code: int | None) -> bool:
+        """Whether the end of its process is one that somebody asked for, here or from afar."""
+        return code == 0 and (self._stop.is_set() or place.vitals.state is ProcessState.DRAINING)
+
+    def _fail(self, place: _Place, code: int) -> None:
+        """Notes that not all went well, and says what ended so."""
+        self._exit_code = self._exit_code or _EXIT_FAILED
+        log.warning(Event.WORKER_CHILD_EXITED, pid=place.pid, cause=_cause(code))
 
     async def _run_once(self, place: _Place) -> int | None:
         """One life of a process; its exit code, less than 0 for a signal, None if it could not even be started."""
@@ -147,9 +176,10 @@ class Supervisor:
                 group.start_soon(hearing.run)
                 group.start_soon(self._end_when_stopped, process)
                 code = await process.wait()
+                self._own_pids.discard(process.pid)
                 group.cancel_scope.cancel()
             hearing.take()
-            if code != 0:
+            if not self._has_drained(place, code):
                 _kill_group(process)  # what it has started and left behind
         return code
 
@@ -161,18 +191,27 @@ class Supervisor:
             reports, their_end = os.pipe()
             handed_over.callback(os.close, their_end)
             held.callback(os.close, reports)
-            with anyio.CancelScope(shield=True):
-                process = await anyio.open_process(
-                    [*self._launch.command, str(their_end)],
-                    stdin=lifeline,
-                    stdout=None,
-                    stderr=None,
-                    env=os.environ | dict(self._launch.environment),
-                    start_new_session=True,
-                    pass_fds=[their_end],
-                )
+            async with self._spawning:
+                with anyio.CancelScope(shield=True):
+                    process = await anyio.open_process(
+                        [*self._launch.command, str(their_end)],
+                        stdin=lifeline,
+                        stdout=None,
+                        stderr=None,
+                        env=os.environ | dict(self._launch.environment),
+                        start_new_session=True,
+                        pass_fds=[their_end],
+                    )
+                self._own_pids.add(process.pid)
         place.pid = process.pid
         return process, Hearing(reports, place.hear)
+
+    async def _reap(self) -> None:
+        """Lets go of orphans that have ended, and leaves our own processes to those who wait for them."""
+        while True:
+            await anyio.sleep(_REAP_SECONDS)
+            async with self._spawning:
+                _reap_all_but(self._own_pids)
 
     async def _end_when_stopped(self, process: Process) -> None:
         await self._stop.wait()
@@ -182,9 +221,26 @@ class Supervisor:
         _kill_group(process)
 
 
-def _pause_seconds(place: _Place, *, lived_seconds: float) -> float:
-    place.early_deaths = place.early_deaths + 1 if lived_seconds < _STEADY_SECONDS else 0
-    return backoff_seconds(place.early_deaths) if place.early_deaths else 0
+def restart_seconds(early_deaths: int) -> float:
+    """The pause after so many early deaths in a row: none after a long life, else doubling to half a minute, ±20 %."""
+    if not early_deaths:
+        return 0
+    wait: float = min(_RESTART_CAP_SECONDS, _RESTART_FIRST_SECONDS * 2 ** min(early_deaths - 1, 10))
+    return jittered(wait)
+
+
+def _reap_all_but(own_pids: Set[int]) -> None:
+    while (pid := _ended_child()) is not None and pid not in own_pids:
+        os.waitid(os.P_PID, pid, os.WEXITED)
+
+
+def _ended_child() -> int | None:
+    """The id of a child that has ended and that nobody has waited for yet; it may still be waited for."""
+    try:
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # there is none, living or dead
+        return None
+    return found.si_pid if found else None
 
 
 def _kill_group(process: Process) -> None:

@@ -4,6 +4,7 @@ from contextlib import aclosing
 from operator import attrgetter
 
 import anyio
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from clarion.api.access import Permission
@@ -14,7 +15,15 @@ from clarion.api.operation import Call, Operation, Reply
 from clarion.api.representations import BatchOut, JobRef
 from clarion.api.requests import NDJSON, idempotency_key, read_lines
 from clarion.api.schemas import BatchIn, JobIn
-from clarion.errors import FieldError, IdempotencyInFlight, IdempotencyMismatch, Overloaded, Unavailable, Unstorable
+from clarion.errors import (
+    ClarionError,
+    FieldError,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    Overloaded,
+    Unavailable,
+    Unstorable,
+)
 
 
 async def create_jobs(call: Call[BatchIn, Nothing]) -> Reply:
@@ -45,16 +54,29 @@ async def stream_jobs(call: Call[Nothing, Nothing]) -> ASGIApp:
     spool = anyio.SpooledTemporaryFile[bytes](max_size=SPOOL_MEMORY_BYTES)
     try:
         intake = Intake(call, spool, header_key)
-        line_max_bytes = call.services.settings.body_max_bytes
-        async with aclosing(read_lines(call.request.receive, line_max_bytes, call.share)) as lines:
-            async for line in lines:
-                await intake.take(line)
-        await intake.flush()
+        await _take_in(call, intake)
         return SpooledAnswer(spool, size=await spool.tell())
     except BaseException:
         with anyio.CancelScope(shield=True):
             await spool.aclose()
         raise
+
+
+async def _take_in(call: Call[Nothing, Nothing], intake: Intake) -> None:
+    """Reads all lines while those before them are added."""
+    failure: ClarionError | ClientDisconnect | None = None
+    line_max_bytes = call.services.settings.body_max_bytes
+    async with anyio.create_task_group() as group:
+        group.start_soon(intake.run)
+        try:
+            async with aclosing(read_lines(call.request.receive, line_max_bytes, call.share)) as lines:
+                async for line in lines:
+                    await intake.take(line)
+        except (ClarionError, ClientDisconnect) as error:  # told outside of the group, which would wrap it
+            failure = error
+        await intake.close(complete=failure is None)
+    if failure is not None:
+        raise failure
 
 
 OPERATIONS = (

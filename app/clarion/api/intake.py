@@ -1,7 +1,8 @@
 """Taking in a stream of jobs: decoded line by line, enqueued in chunks, one answer per line, in order.
 
-A bad line costs only itself. When the database goes away, what was committed keeps its ids and every later line is
-answered with the same problem, untried: a client then knows which lines to send again.
+While Postgres adds one chunk, the next is read and decoded. A bad line costs only itself. When the database goes away,
+what was committed keeps its ids and every later line is answered with the same problem, untried: a client then knows
+which lines to send again.
 """
 
 from collections.abc import Sequence
@@ -43,8 +44,15 @@ class LineAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     line: int | None = None
 
 
+class _Chunk(msgspec.Struct):
+    """Lines that become one statement: their numbers, and jobs or errors; `held_bytes` of the request's share."""
+
+    items: list[tuple[int, NewJob | ClarionError]] = []
+    held_bytes: int = 0
+
+
 class Intake:
-    """The lines of one request. `take` each, `flush` at the end; the answers are in the spool then.
+    """The lines of one request. `take` each and `close` at the end, beside `run`; then the answers are in the spool.
 
     The n-th line that is not blank, counted from 0, has the key `header_key/n`, unless it has one of its own.
     """
@@ -57,36 +65,53 @@ class Intake:
         self._header_key = header_key
         self._line = 0
         self._place = 0
-        self._chunk: list[tuple[int, NewJob | ClarionError]] = []
+        self._chunk = _Chunk()
         self._chunk_bytes = 0
+        # No buffer: one chunk is being added, and one waits for that with the request.
+        self._full, self._to_add = anyio.create_memory_object_stream[_Chunk](0)
         self._outage: Unavailable | None = None
         self._in_flight: list[IdempotencyInFlight] = []
 
     async def take(self, line: bytes | None) -> None:
-        """Decodes a line, None being one that was too long to hold; enqueues when a chunk is full."""
+        """Decodes a line, None being one that was too long to hold; waits for the chunk before a full one."""
         self._line += 1
         if line is not None and not line.strip():
             return
-        self._chunk.append((self._line, await self._decode(line)))
+        self._chunk.items.append((self._line, await self._decode(line)))
         self._place += 1
         self._chunk_bytes += len(line or b"")
-        if len(self._chunk) >= CHUNK_MAX_LINES or self._chunk_bytes >= CHUNK_MAX_BYTES:
-            await self.flush()
+        if len(self._chunk.items) >= CHUNK_MAX_LINES or self._chunk_bytes >= CHUNK_MAX_BYTES:
+            await self._hand_over()
 
-    async def flush(self) -> None:
-        """Enqueues what was taken and writes the answers."""
-        chunk, self._chunk, self._chunk_bytes, self._in_flight = self._chunk, [], 0, []
-        jobs = [item for _, item in chunk if isinstance(item, NewJob)]
-        answers = map(_checked, jobs, await self._enqueue(jobs))
-        lines = [(line, item if isinstance(item, ClarionError) else next(answers)) for line, item in chunk]
-        self._call.share.give_back()
-        await self._spool.write(b"".join(self._encode(line, answer) for line, answer in lines))
+    async def close(self, *, complete: bool) -> None:
+        """Ends `run` once all is added; what is not a whole chunk is dropped where the request is not complete."""
+        with self._full:
+            if complete and self._chunk.items:
+                await self._hand_over()
+
+    async def run(self) -> None:
+        """Adds one chunk after the other and writes their answers, until `close`."""
+        with self._to_add:
+            async for chunk in self._to_add:
+                self._in_flight = []
+                jobs = [item for _, item in chunk.items if isinstance(item, NewJob)]
+                answers = map(_checked, jobs, await self._enqueue(jobs))
+                lines = [
+                    (line, item if isinstance(item, ClarionError) else next(answers)) for line, item in chunk.items
+                ]
+                self._call.share.give_back(chunk.held_bytes)
+                await self._spool.write(b"".join(self._encode(line, answer) for line, answer in lines))
+
+    async def _hand_over(self) -> None:
+        chunk, self._chunk, self._chunk_bytes = self._chunk, _Chunk(), 0
+        await self._full.send(chunk)
 
     async def _decode(self, line: bytes | None) -> NewJob | ClarionError:
         try:
             if line is None:
                 raise TooLarge(f"the line is over {self._call.services.settings.body_max_bytes} bytes")
             self._call.share.take(len(line))
+            self._chunk.held_bytes += len(line)
             job = await decode_body(line, JobIn)
             key = job.idempotency_key or derived_key(self._header_key, self._place)
             [new] = await new_jobs([Keyed(job, key)], self._call.actor)

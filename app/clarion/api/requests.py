@@ -54,10 +54,10 @@ class Share:
         self._bodies.held_bytes += size
         self.held_bytes += size
 
-    def give_back(self) -> None:
-        """Holds nothing any more."""
-        self._bodies.held_bytes -= self.held_bytes
-        self.held_bytes = 0
+    def give_back(self, size: int) -> None:
+        """Holds so many bytes less."""
+        self._bodies.held_bytes -= size
+        self.held_bytes -= size
 
     async def read_chunk(self, receive: Receive) -> tuple[bytes, bool]:
         """The same as the function, but soon given up when the server stops: raises Unavailable then."""
@@ -80,7 +80,7 @@ class Bodies:
         try:
             yield share
         finally:
-            share.give_back()
+            share.give_back(share.held_bytes)
 
     def close(self) -> None:
         """Shutdown has begun: what is under way must arrive soon."""

@@ -14,7 +14,7 @@ import anyio
 import click
 import msgspec
 
-from clarion.cli import EXIT_USAGE, report
+from clarion.cli import report
 from clarion.cli.options import COMMON, as_environment, prepare, setting_flags
 from clarion.errors import UsageError
 from clarion.settings import Settings
@@ -64,15 +64,16 @@ def command(
     jobs, over N times CLARION_POOL_MAX connections and two more each. To use all CPUs of a container: --processes auto.
     """
     from clarion.cpus import usable_cpus
-    from clarion_worker.pulse import die_with_supervisor
+    from clarion_worker.pulse import die_with_supervisor, take_lifeline
 
     settings = prepare(flags)
     options = WorkOptions(target=target, queues=queues, with_demo=with_demo, reports_fd=reports_fd)
     count = usable_cpus() if settings.processes == "auto" else int(settings.processes)
-    if reports_fd is not None:
-        die_with_supervisor()
     if until_stdin_closes or reports_fd is not None:
-        threading.Thread(target=_leave_with_parent, name="clarion-parent", daemon=True).start()
+        lifeline = take_lifeline()
+        if reports_fd is not None:
+            die_with_supervisor(lifeline)
+        threading.Thread(target=_leave_with_parent, args=[lifeline], name="clarion-parent", daemon=True).start()
     sys.exit(_work(settings, options) if count == 1 else _supervise(settings, options, count))
 
 
@@ -86,12 +87,11 @@ def _supervise(settings: Settings, options: WorkOptions, count: int) -> int:
         command=_child_command(options),
         environment=as_environment(alone),
         drain_max_seconds=settings.drain_timeout_seconds + _KILL_MARGIN_SECONDS,
-        exit_refused=EXIT_USAGE,
     )
 
     async def run() -> int:
         async with stop_on_signals() as stop:
-            supervisor = Supervisor(launch, settings, count=count, stop=stop)
+            supervisor = Supervisor(launch, settings, count=count, stop=stop, reaps_orphans=os.getpid() == 1)
             if not settings.health_port:
                 return await supervisor.run()
             from clarion.api.health_port import answering_probes, bind_health_port
@@ -238,12 +238,12 @@ def _import_failure(module_name: str, error: Exception) -> str:
     return f"importing {module_name!r} failed:\n{lines}"
 
 
-def _leave_with_parent() -> None:
-    """Reads standard input to its end, which comes when the parent has gone, however; in a thread of its own, since
-    a handler may block the event loop."""
+def _leave_with_parent(lifeline: int) -> None:
+    """Reads the pipe to its end, which comes when the parent has gone, however; in a thread of its own, since a handler
+    may block the event loop."""
     from clarion.signals import leave, leave_signals_to_the_main_thread
 
     leave_signals_to_the_main_thread()
-    while os.read(sys.stdin.fileno(), 1024):
+    while os.read(lifeline, 1024):
         pass
     leave(1)
