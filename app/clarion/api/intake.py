@@ -63,6 +63,7 @@ class Intake:
         self._call = call
         self._spool = spool
         self._header_key = header_key
+        self._actor = call.actor
         self._line = 0
         self._place = 0
         self._chunk = _Chunk()
@@ -114,7 +115,7 @@ class Intake:
             self._chunk.held_bytes += len(line)
             job = await decode_body(line, JobIn)
             key = job.idempotency_key or derived_key(self._header_key, self._place)
-            [new] = await new_jobs([Keyed(job, key)], self._call.actor)
+            [new] = await new_jobs([Keyed(job, key)], self._actor)
         except ClarionError as error:
             return error
         return new
