@@ -251,9 +251,9 @@ class JobModel(msgspec.Struct, kw_only=True):
         return JobState.RUNNING, first
 
     def retry(self, delay: float, *, only_dead: bool = False) -> tuple[JobState | None, bool]:
-        """What it is now, None where it cannot run again; and whether this call made it so."""
-        if self.state == JobState.READY and not only_dead:
-            return JobState.READY, False
+        """What it is now, None where it cannot run again; and whether it is to be rung, as all that wait after it."""
+        if self.state == JobState.READY:
+            return None if only_dead else JobState.READY, True
         allowed = {JobState.DEAD} if only_dead else {JobState.DEAD, JobState.CANCELLED, JobState.SCHEDULED}
         if self.state not in allowed:
             return None, False

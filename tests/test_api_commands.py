@@ -139,7 +139,7 @@ async def test_retrying_twice_is_answered_alike_and_done_once(
     again = await client.post(f"/v1/jobs/{job_id}/retry")
     assert (again.status_code, again.content) == (200, first.content)
     assert [event for event, *_ in await jobs.events(job_id)] == ["retried"]
-    assert ringer.heard() == []
+    assert ringer.heard() == [Rung({"default": 1})]  # claims may have skipped it meanwhile
 
 
 @pytest.mark.parametrize("state", ["running", "succeeded"])

@@ -10,7 +10,7 @@ import pytest
 from claiming import TASK, CountingStore, Holder
 from clarion.db import Database
 from clarion.errors import Unavailable
-from clarion.execution import Lease, Policy, Ready, Share
+from clarion.execution import Lease, Policy, Ready, Share, Standing
 from clarion.job import NewJob
 from clarion.settings import Settings
 from clarion.store import Store
@@ -56,6 +56,22 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_taken_again_at_once(
         await holder.claimer.step()
     await holder.claimer.step()
     assert [(lease.attempt, lease.crashes) for lease in holder.held] == [(1, 0)] * 3
+
+
+@pytest.mark.parametrize(("slots", "told"), [(0, 1), (2, 0)])
+async def test_jobs_of_a_claim_whose_answer_was_lost_are_told_to_others_if_there_is_no_room_by_then(
+    database: Database, patient: Settings, slots: int, told: int
+) -> None:
+    store = LossyStore(database, patient)
+    (added,) = await store.enqueue_jobs([NewJob(task=TASK)])
+    holder = Holder(store, patient, slots=2)
+    holder.peers.learn([Standing("default", 0, 2, 1)])
+    with pytest.raises(Unavailable):
+        await holder.claimer.step()
+    holder.slots = slots
+    await holder.claimer.step()
+    assert added.sort_key is not None
+    assert holder.ringer.ready == [({"default": Ready(1, added.sort_key)}, 0)] * told
 
 
 async def test_what_the_worker_knows_is_not_handed_back(database: Database, settings: Settings) -> None:
@@ -153,6 +169,20 @@ async def test_after_a_reconnect_the_claims_look_from_the_start(store: CountingS
         holder.claimer.look_everywhere()
         await holder.claimer.step()
         assert bounds(store) == [None]
+
+
+async def test_workers_that_connect_at_the_same_time_sweep_at_different_times(
+    store: CountingStore, patient: Settings
+) -> None:
+    pauses = []
+    for _ in range(30):
+        holder = Holder(store, patient)
+        await holder.settle()
+        holder.claimer.look_everywhere()
+        await holder.settle()
+        pauses.append(await holder.claimer.step())
+    # That all of them are in one half happens once in 2^29 runs.
+    assert min(pauses) < 150 < max(pauses) < 300
 
 
 async def test_a_sweep_looks_from_the_start(store: CountingStore, settings: Settings) -> None:

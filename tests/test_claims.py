@@ -333,6 +333,17 @@ async def test_a_job_that_nobody_rang_for_is_found_by_the_sweep(settings: Settin
         await line.until(served=1)
 
 
+async def test_an_urgent_job_whose_ring_was_lost_is_found_after_a_look_everywhere(
+    claims: Claims, counting: CountingStore
+) -> None:
+    await enqueue(counting, 2)
+    assert len(await claims.claim(ask(jobs_max=2))) == 2
+    await enqueue(counting, priority=9)
+    assert await claims.claim(ask()) == []
+    claims.look_everywhere()
+    assert [lease.priority for lease in await claims.claim(ask())] == [9]
+
+
 # -- The end of waiting
 
 

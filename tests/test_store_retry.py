@@ -1,16 +1,23 @@
 """Running jobs again: dead and cancelled ones in a new generation that starts from nothing, others without a wait."""
 
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import anyio
+import msgspec
 import pytest
 
+from api_harness import client_of, services_over
 from clarion.db import Database
 from clarion.errors import Unstorable
-from clarion.execution import Lease
+from clarion.execution import Lease, ready_by_queue
 from clarion.job import DeadReason, Requeued
+from clarion.joint_claims import JointClaims, Want
 from clarion.settings import Settings
+from clarion.store import Store
+from recording import RecordingRinger, Rung
 from store_actions import ACTOR, EVERY_OPTION, Jobs, failure, line, where
 
 ENDS = ("dead", "cancelled")
@@ -189,11 +196,20 @@ async def test_a_scheduled_job_may_get_another_wait(jobs: Jobs) -> None:
     assert (after["start_by"], after["finish_by"]) == (before["start_by"], before["finish_by"])
 
 
-async def test_of_a_ready_job_nothing_is_to_be_done(jobs: Jobs) -> None:
+async def test_to_a_ready_job_nothing_is_done_and_it_is_answered_where_it_waits(jobs: Jobs) -> None:
     (added,) = await jobs.enqueue()
     before = await jobs.everything()
     for delay_seconds in (0, 60):
-        assert where(await jobs.retry(added.id, delay_seconds=delay_seconds)) == ("ready", None)
+        assert await jobs.retry(added.id, delay_seconds=delay_seconds) == Requeued("ready", "default", added.sort_key)
+    assert await jobs.everything() == before
+
+
+async def test_of_a_ready_job_that_is_not_meant_it_is_answered_where_it_waits(jobs: Jobs) -> None:
+    (added,) = await jobs.enqueue()
+    before = await jobs.everything()
+    for others in ({"only_dead": True}, {"generation": 2}):
+        answers = await jobs.store.retry_jobs([added.id], [0], actor=ACTOR, **others)
+        assert answers == [Requeued(None, "default", added.sort_key)]
     assert await jobs.everything() == before
 
 
@@ -255,9 +271,65 @@ async def test_of_two_who_retry_at_once_one_begins_a_generation(jobs: Jobs, stat
         group.start_soon(retry)
         await first.until_it_blocks_another()
         await first.commit()
-    assert [answer.queue for answer in answers] == [None]
+    # Where the row was locked twice, it is to be rung twice; of a cancelled one there is none yet that could be locked.
+    assert [answer.queue for answer in answers] == ["default" if state == "dead" else None]
     assert (await jobs.row(lease.id))["generation"] == 2
     assert (await jobs.events(lease.id)).count(("retried", ACTOR, "ready")) == 1
+
+
+async def test_of_two_redrives_at_once_the_later_one_tells_too_where_the_job_waits(jobs: Jobs) -> None:
+    """It has locked the job, which is ready by then, until its own end."""
+    lease = await ended(jobs, "dead")
+    answers: list[Requeued] = []
+
+    async def redrive() -> None:
+        answers.extend(await jobs.store.retry_jobs([lease.id], [0], actor=ACTOR, only_dead=True))
+
+    async with jobs.session() as first, anyio.create_task_group() as group:
+        await first.store.retry_jobs([lease.id], [0], actor=ACTOR, only_dead=True)
+        group.start_soon(redrive)
+        await first.until_it_blocks_another()
+        await first.commit()
+    row = await jobs.row(lease.id)
+    assert answers == [Requeued(None, "default", row["sort_key"])]
+    assert row["generation"] == 2
+
+
+class Late(Store):
+    """Somebody is always faster with a retry."""
+
+    async def retry_jobs(
+        self, job_ids: Sequence[UUID], delays_seconds: Sequence[float], **options: Any
+    ) -> list[Requeued]:
+        await super().retry_jobs(job_ids, delays_seconds, actor="somebody")
+        return await super().retry_jobs(job_ids, delays_seconds, **options)
+
+
+async def test_a_redrive_that_comes_too_late_for_a_job_rings_for_it(jobs: Jobs) -> None:
+    await ended(jobs, "dead")
+    store = Late(jobs.database, jobs.settings)
+    ringer = RecordingRinger(store, jobs.settings)
+    services = msgspec.structs.replace(services_over(store, jobs.settings), ringer=ringer)
+    async with client_of(services) as http:
+        answer = (await http.post("/v1/dead/redrive", json={})).json()
+    assert (answer["matched"], answer["redriven"], ringer.heard()) == (1, 0, [Rung({"default": 1})])
+
+
+async def test_a_ready_job_that_claims_skipped_during_its_retry_is_found_by_the_ring_of_that_retry(jobs: Jobs) -> None:
+    (skipped,), (other,) = await jobs.enqueue(), await jobs.enqueue()
+    joint = JointClaims(jobs.store, msgspec.structs.replace(jobs.settings, batch_max=1))
+
+    async def take() -> list[UUID]:
+        want = Want(worker_id=jobs.worker_id, claim_max={"default": 1}, lease_seconds=30)
+        return [lease.id for lease in await joint.claim(None, want)]
+
+    async with jobs.session() as session:
+        answer = await jobs.retry(skipped.id, store=session.store)
+        assert await take() == [other.id]
+        await session.commit()
+    assert await take() == []
+    joint.expect(ready_by_queue([(answer.queue, answer.sort_key)]))
+    assert await take() == [skipped.id]
 
 
 @pytest.mark.parametrize("state", ENDS)

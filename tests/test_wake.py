@@ -200,6 +200,9 @@ async def test_a_ring_that_could_not_be_sent_is_sent_later(database: Database, s
         '{"queues": {"mail": [1]}}',
         '{"queues": {"mail": [1, "2026-01-01T00:00:00"]}}',
         '{"queues": {"mail": [1, "soon"]}}',
+        '{"queues": {"mail": [-1, "2026-01-01T00:00:00Z"]}}',
+        '{"queues": {"mail": [2147483648, "2026-01-01T00:00:00Z"]}}',
+        '{"queues": {"mail": [1e999, "2026-01-01T00:00:00Z"]}}',
         '{"queues": 5}',
         '{"point": 1}',
         '{"point": -0.1}',
@@ -217,6 +220,12 @@ def test_a_payload_that_cannot_be_read_says_nothing(payload: str) -> None:
 def test_a_payload_of_a_newer_version_can_be_read() -> None:
     ring = decode_ring('{"queues": {"mail": [1, "2026-01-01T00:00:00Z", "and more"]}, "color": "blue"}')
     assert ring == Ring({"mail": ONE})
+
+
+def test_more_than_a_ring_can_say_is_said_as_the_most() -> None:
+    most = Ready(2**31 - 1, NOW)
+    assert most.together(most) == most
+    assert decode_ring(encode_ring(Ring({"mail": most}))) == Ring({"mail": most})
 
 
 def test_a_ring_survives_its_encoding() -> None:

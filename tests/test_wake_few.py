@@ -1,5 +1,6 @@
 """A ring wakes few of the idle workers; and whatever becomes of those few, every job starts."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -9,17 +10,20 @@ from uuid import UUID
 import anyio
 import msgspec
 import pytest
+from anyio import wait_all_tasks_blocked
 
 from claiming import TASK, CountingStore, Holder, at_work, beat_all
 from clarion.db import Database
 from clarion.enqueuer import Enqueuer
+from clarion.errors import Unavailable
 from clarion.execution import Lease, Policy, Ready, Share, Standing
 from clarion.job import NewJob
 from clarion.loops import run_forever
 from clarion.settings import Settings
 from clarion.store import Store
 from clarion.wake import HOPS_MAX, Ring, Ringer
-from clarion_worker import Worker
+from clarion_worker import Worker, claimer, peers
+from clarion_worker.leases import Heartbeats, Leases
 from running import Client, client, running_worker
 
 worker = Worker()
@@ -66,6 +70,18 @@ def fleet(store: CountingStore, settings: Settings, size: int, *, slots: int = 1
 async def settle(holders: Sequence[Holder]) -> None:
     for holder in holders:
         await holder.settle()
+
+
+class Clock:
+    """Stands in for the module `time`; goes on by `tick` seconds at each look."""
+
+    def __init__(self, *, tick: float = 0) -> None:
+        self.now = 1_000.0
+        self._tick = tick
+
+    def monotonic(self) -> float:
+        self.now += self._tick
+        return self.now
 
 
 class Starts:
@@ -179,6 +195,34 @@ async def test_those_who_are_not_meant_make_sure_a_little_later(store: CountingS
     assert len(store.claims) == 1
 
 
+async def test_who_looked_before_it_was_time_to_make_sure_does_not_look_again(
+    store: CountingStore, patient: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(claimer, "time", clock)
+    holder = Holder(store, patient)
+    holder.peers.learn([standing(5, FLEET, idle=1)])
+    await holder.settle()
+    for meant, claims in ((True, 1), (False, 1)):
+        store.claims.clear()
+        holder.claimer.hear(ring())
+        if meant:
+            holder.claimer.hear(ring(FLEET))
+            await holder.settle()
+        clock.now += 2
+        await holder.settle()
+        await holder.settle()
+        assert len(store.claims) == claims
+
+
+def test_about_two_of_the_idle_make_sure_however_many_are_busy(store: CountingStore, patient: Settings) -> None:
+    peers = Holder(store, patient).peers
+    peers.learn([standing(5, 1_000_000, idle=2)])
+    assert all(peers.doubts("default") for _ in range(20))
+    peers.learn([standing(5, 1_000_000)])
+    assert not all(peers.doubts("default") for _ in range(20))
+
+
 async def test_worker_processes_learn_each_others_ranks_by_their_heartbeats(
     database: Database, patient: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +267,28 @@ async def test_the_first_of_those_meant_passes_on_what_it_has_no_room_for(
     for holder in holders:
         holder.claimer.hear(ring(5))
     assert [holder.ringer.ready for holder in holders] == [[({"default": Ready(5, NOW)}, 1)], *[[]] * (FLEET - 1)]
+
+
+async def test_a_worker_that_is_full_before_it_looked_passes_the_ring_on(
+    store: CountingStore, patient: Settings
+) -> None:
+    (first, *_) = fleet(store, patient, FLEET)
+    await first.settle()
+    first.claimer.hear(ring(5))
+    assert first.ringer.ready == []
+    first.slots = 0
+    await first.settle()
+    assert first.ringer.ready == [({"default": Ready(5, NOW)}, 1)]
+
+
+async def test_a_worker_that_has_looked_does_not_pass_the_ring_on(store: CountingStore, patient: Settings) -> None:
+    (first, *_) = fleet(store, patient, FLEET)
+    await first.settle()
+    first.claimer.hear(ring())
+    await first.settle()
+    first.slots = 0
+    await first.settle()
+    assert first.ringer.ready == []
 
 
 async def test_a_ring_that_is_passed_on_means_twice_as_many_each_time(store: CountingStore, patient: Settings) -> None:
@@ -270,6 +336,27 @@ async def test_a_worker_that_found_the_queue_empty_passes_on_again(store: Counti
         assert len(first.ringer.ready) == n
         first.slots = 1
         await first.settle()
+
+
+async def test_a_worker_full_of_long_jobs_passes_on_less_and_less_and_anew_after_a_quiet_time(
+    store: CountingStore, patient: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(peers, "time", clock)
+    (first, *_) = fleet(store, msgspec.structs.replace(patient, sweep_seconds=5.0), FLEET, slots=0)
+
+    def passed_on_in_ten_seconds() -> int:
+        before = len(first.ringer.ready)
+        for _ in range(100):
+            first.claimer.hear(ring())
+            clock.now += 0.1
+        return len(first.ringer.ready) - before
+
+    assert passed_on_in_ten_seconds() >= 6
+    assert 1 <= passed_on_in_ten_seconds() <= 3
+    assert 1 <= passed_on_in_ten_seconds() <= 3
+    clock.now += 10
+    assert passed_on_in_ten_seconds() >= 6
 
 
 async def test_a_queue_that_was_rung_while_all_slots_were_taken_is_looked_at_when_one_is_free(
@@ -375,6 +462,38 @@ async def test_a_worker_that_is_not_on_the_list_has_no_rank(store: CountingStore
     assert await store.find_standings(Holder(store, patient).id, gone_seconds=60) == []
 
 
+class Unanswering(Store):
+    """What else is asked of it is answered; who stands where is refused, or not answered at all."""
+
+    refuses = True
+
+    async def find_standings(self, worker_id: UUID, *, gone_seconds: float) -> list[Standing]:
+        if self.refuses:
+            raise Unavailable("the server is busy")
+        await anyio.sleep_forever()
+        return []
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+async def test_a_worker_that_cannot_find_its_ranks_keeps_those_it_knows(
+    database: Database, settings: Settings, refuses: bool
+) -> None:
+    store = Unanswering(database, msgspec.structs.replace(settings, lease_seconds=0.3))
+    store.refuses = refuses
+    holder, learnt = Holder(store, settings), list[list[Standing]]()
+    brief = msgspec.structs.replace(settings, lease_seconds=0.3)
+    heartbeats = Heartbeats(Leases(brief), brief, holder.record, on_standings=learnt.append)
+    loop = asyncio.get_running_loop()
+    await heartbeats.beat(store, loop)
+    with anyio.fail_after(SOON_SECONDS):
+        await heartbeats.look_around(store, loop)
+    await wait_all_tasks_blocked()
+    assert learnt == []
+    await heartbeats.look_around(Store(database, settings), loop)
+    await wait_all_tasks_blocked()
+    assert learnt == [[Standing("default", 0, 1, 1)]]
+
+
 # -- Every job starts
 
 
@@ -390,11 +509,13 @@ async def test_with_all_the_others_dead_and_still_on_the_list_every_job_starts_w
             await started.until(await add(enqueuer))
 
 
-async def test_with_all_the_others_busy_every_job_starts_long_before_the_sweep(
-    store: CountingStore, patient: Settings
+async def test_with_all_the_others_busy_every_job_starts_because_they_pass_it_on(
+    store: CountingStore, patient: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    idle, *busy = [Holder(store, patient, slots=n) for n in (100, 0, 0, 0, 0, 0, 0, 0)]
-    await beat_all([idle, *busy])
+    # Nobody makes sure, no sweep comes, and between two rings there is always enough time to pass on the second too.
+    monkeypatch.setattr(peers, "time", Clock(tick=1_000))
+    idle, *busy = fleet(store, patient, 8, slots=0)
+    idle.slots = 100
     started = Starts([idle])
     async with at_work(patient, [idle, *busy]), enqueuing(store, patient) as enqueuer:
         for _ in range(5):

@@ -112,7 +112,8 @@ class Claims:
     def expect(self, ready: Mapping[str, Ready]) -> None:
         """Jobs became ready here, and the ring that wakes those who wait for them is on its way.
 
-        So whoever claims after an enqueue was answered sees its job, also one that goes before all others.
+        So whoever claims here after an enqueue was answered here sees its job, also one that goes before all others.
+        The claims of other processes learn it by the ring, within some 10 ms when all is well.
         """
         self._joint.expect(ready)
 

@@ -38,15 +38,19 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     backoff_cap_seconds: float | None = None
 
 
+# Nobody makes more ready at once; a stranger's ring may say anything.
+_READY_MAX = 2**31 - 1
+
+
 class Ready(msgspec.Struct, frozen=True, array_like=True):
     """So many jobs became ready in a queue; `earliest` is the least sort_key among them."""
 
-    jobs: int
+    jobs: Annotated[int, Meta(ge=0, le=_READY_MAX)]
     earliest: Annotated[datetime, Meta(tz=True)]
 
     def together(self, other: "Ready") -> "Ready":
         """These and those, in one queue."""
-        return Ready(self.jobs + other.jobs, min(self.earliest, other.earliest))
+        return Ready(min(self.jobs + other.jobs, _READY_MAX), min(self.earliest, other.earliest))
 
 
 def ready_by_queue(places: Iterable[tuple[str | None, datetime | None]]) -> dict[str, Ready]:

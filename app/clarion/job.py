@@ -180,9 +180,9 @@ class Cancelling(msgspec.Struct, frozen=True):
 
 
 class Requeued(msgspec.Struct, frozen=True):
-    """What a retry or a change made of a job, None where it cannot; `queue` where it waits, unless it did before.
+    """What a retry or a change made of a job, None where it cannot; `queue` where it waits, `sort_key` its place there.
 
-    `sort_key` is its place in that line.
+    A retry answers these of a job that was ready before as well, also where that one was not meant.
     """
 
     state: str | None

@@ -60,7 +60,7 @@ class JointClaims:
         return await self._batchers.submit((tasks, frozenset(want.claim_max)), want)
 
     def expect(self, ready: Mapping[str, Ready]) -> None:
-        """Jobs became ready in these queues: the next claims look far enough back to see them."""
+        """Jobs became ready in these queues: the next claims of this process look far enough back to see them."""
         for queue, jobs in ready.items():
             self._marks.heard(queue, jobs.earliest)
 

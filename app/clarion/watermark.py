@@ -8,8 +8,15 @@ up to which it has claimed, and passes it as the lower bound of its next claim.
 That is right until a job becomes ready before the mark: of a higher priority, released, or committed late. Whoever
 makes one ready rings, the ring names the earliest sort_key, and that lowers the mark. Rings also come while a claim is
 under way, which may have looked too early to see that job: so a claim never moves the mark past what was rung since it
-was begun. A ring may be lost, and a claim of another process that came to nothing leaves its jobs ready without one: so
-the mark is only a hint, forgotten at each sweep and each reconnect, and the next claim looks from the start.
+was begun.
+
+A claim skips what is locked, and passes it. So whatever locks a ready row and leaves it ready must ring afterwards: a
+change does, and a retry, which changes nothing. Claims, cancels and expiries take what they lock out of the line.
+
+Where no ring comes, the mark is wrong: one was lost; a transaction that had locked ready rows was undone, as of a claim
+in another process that came to nothing; or a statement came for a row as it had been, and held it, ready by then, until
+its own end, as of a stale worker's completion that waited for the reaper. So the mark is only a hint, forgotten at each
+sweep and each reconnect, and the next claim looks from the start.
 """
 
 from collections.abc import Sequence

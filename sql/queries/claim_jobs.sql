@@ -12,7 +12,9 @@
 --
 -- Why this shape: rows are locked in a CTE, which runs once (a join could run a bare LIMIT again and take more), and
 -- updated by ctid, some 15 % cheaper than by id. Every row that is locked is also taken: a lock on a row left behind would
--- hide it from the next claimer, who would go to sleep over it.
+-- hide it from the next claimer, who would go to sleep over it. But for one that is changed and committed between this
+-- statement's snapshot and its lock: what is locked then is the new version, which the TID probe, with the old snapshot,
+-- does not see. So the claim takes one less; the job is started by the ring of that change, or at last by a sweep.
 -- Why the lower bound: while any session holds a snapshot, the entries of jobs long claimed stay at the head of the index,
 -- and a claim from the start walks them all (a claim of one: 0.3 ms, and 4.8 ms after 24,000 jobs). With the id, since all
 -- jobs of one transaction may have one sort_key.

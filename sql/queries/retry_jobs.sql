@@ -5,8 +5,11 @@
 -- scheduled → scheduled.
 -- $1 job ids, each once, $2 seconds until each runs, $3 only dead ones, $4 who asks, $5 why (null: no reason given),
 -- $6 only those of this generation (null: any).
--- `state` is what the job is now, `queue` and `sort_key` say where it waits, for the ring (null for one that was ready before:
--- nothing is to be done); a null state means that the job runs, has succeeded, or is unknown.
+-- `state` is what the job is now; null where it runs, has succeeded, is unknown, or is not meant. `queue` and `sort_key` say
+-- where it waits, for the ring. That is due for a ready job too, although nothing is done to it, meant or not: it was
+-- locked here, and a claim that skipped it meanwhile looks further on (`app/clarion/watermark.py`).
+-- Jobs are locked whatever they are, unless they run: only what is locked can be trusted, and who waited here for another's
+-- retry keeps the row locked until the end, found dead no more.
 -- A new generation starts from nothing: attempts, errors, crashes and snoozes are counted anew, the total timeout begins
 -- again, a start_by is over. The place in line is what an enqueue now would get. The checkpoint stays. Jobs are taken in
 -- the order of their ids, so that two calls that share some never deadlock.
@@ -22,12 +25,12 @@ due as materialized (
   order by i.id
 ),
 locked as materialized (
-  select d.*, j.state as was, j.queue
+  select
+    d.*, j.state as was, j.queue, j.sort_key,
+    (j.state = 'dead' or not $3::boolean) and ($6::smallint is null or j.generation = $6::smallint) as is_meant
   from due as d
   join clarion.jobs as j on j.id = any(array[d.id])
-  where
-    (j.state = 'dead' or (j.state in ('scheduled', 'ready') and not $3::boolean))
-    and ($6::smallint is null or j.generation = $6::smallint)
+  where j.state <> 'running'
   for update of j
 ),
 retried as (
@@ -50,7 +53,7 @@ retried as (
     dead_reason = null, died_at = null
   from locked as l
   left join clarion.queues as q on q.name = l.queue
-  where j.id = any(array[l.id]) and l.was <> 'ready'
+  where j.id = any(array[l.id]) and l.is_meant and l.was <> 'ready'
   returning j.id, j.state, j.queue, j.sort_key, j.generation
 ),
 taken_back as (
@@ -89,8 +92,10 @@ noted as (
   select c.id, 'retried', $4::text, c.state, c.generation, $5::text
   from changed as c
 )
-select coalesce(c.state, l.was)::text as state, c.queue, c.sort_key
+select
+  coalesce(c.state, case when r.is_meant then r.was end)::text as state,
+  coalesce(c.queue, r.queue) as queue, coalesce(c.sort_key, r.sort_key) as sort_key
 from input as i
 left join changed as c on c.id = i.id
-left join locked as l on l.id = i.id
+left join locked as r on r.id = i.id and r.was = 'ready'
 order by i.n

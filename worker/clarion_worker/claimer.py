@@ -227,5 +227,7 @@ class Claimer:
             return
         for queue, ready in found.items():
             self._watermarks.heard(queue, ready.earliest)
+            if self._slots.free() <= 0:  # else the claim that follows tells others what it leaves
+                self._peers.call(queue, ready)
         self._hungry |= found.keys()
         log.warning(Event.CLAIM_RELEASED, jobs=sum(ready.jobs for ready in found.values()))

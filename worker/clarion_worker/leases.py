@@ -11,7 +11,7 @@ sent, less a margin. Past that it ends the handler even if the database is silen
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from uuid import UUID
@@ -19,7 +19,7 @@ from uuid import UUID
 import anyio
 import structlog
 
-from clarion.db import DedicatedDatabase
+from clarion.db import DedicatedDatabase, Locked
 from clarion.errors import Unavailable
 from clarion.events import Event
 from clarion.execution import Beat, Directive, Heartbeat, Lease, Standing, WorkerRecord
@@ -34,7 +34,11 @@ _MARGIN = 0.1
 _BEATS_PER_LEASE = 3
 # A worker whose row is older than so many beats is not counted on: beats may be late, seldom two of them.
 _GONE_BEATS = 2.5
+# How much of the pause between two beats the look at the other workers may take.
+_LOOK_PART = 0.25
 _RETRY_SECONDS = 0.5
+# How long a beat waits for locked rows before it passes over them.
+_LOCK_WAIT_SECONDS = 0.1
 _TICK_SECONDS = 0.25
 _STOP_SECONDS = 1.0
 
@@ -229,7 +233,7 @@ class Heartbeats:
                 main_loop.call_soon_threadsafe(self._ended.set)
 
     async def _beat_until_stopped(self, main_loop: asyncio.AbstractEventLoop) -> None:
-        database = DedicatedDatabase(self._settings, name="heartbeat")
+        database = DedicatedDatabase(self._settings, name="heartbeat", lock_timeout_seconds=_LOCK_WAIT_SECONDS)
         store = Store(database, self._settings)
         self._wake = Signal()
         self._thread_loop = asyncio.get_running_loop()
@@ -238,6 +242,7 @@ class Heartbeats:
             try:
                 with anyio.fail_after(self._interval_seconds):
                     await self.beat(store, main_loop)
+                await self.look_around(store, main_loop)
             except (Unavailable, TimeoutError) as error:
                 if not weather:
                     log.warning(Event.STEP_FAILED, step="heartbeat", error=str(error) or "it took too long")
@@ -258,9 +263,7 @@ class Heartbeats:
         held = {item.lease.token: item for item in self._leases.all()}
         if held:
             sent = time.monotonic()
-            answers = await store.heartbeat_jobs(
-                [Beat(id=item.lease.id, token=item.lease.token) for item in held.values()]
-            )
+            answers = await _extend(store, list(held.values()))
             cancelled = []
             for answer in answers:
                 item = held.pop(answer.token)
@@ -273,8 +276,13 @@ class Heartbeats:
         worker = self._describe()
         if await store.record_worker(worker) is Directive.DRAIN:
             main_loop.call_soon_threadsafe(self._on_drain)
-        standings = await store.find_standings(worker.id, gone_seconds=_GONE_BEATS * self._interval_seconds)
-        main_loop.call_soon_threadsafe(self._on_standings, standings)
+
+    async def look_around(self, store: Store, main_loop: asyncio.AbstractEventLoop) -> None:
+        """Finds out who else hears the rings, in a part of the pause; failing that, what is known stays."""
+        with suppress(Unavailable), anyio.move_on_after(self._interval_seconds * _LOOK_PART):
+            worker_id, gone_seconds = self._describe().id, _GONE_BEATS * self._interval_seconds
+            standings = await store.find_standings(worker_id, gone_seconds=gone_seconds)
+            main_loop.call_soon_threadsafe(self._on_standings, standings)
 
     def _is_hung(self) -> bool:
         still_seconds = time.monotonic() - self._ticked
@@ -283,3 +291,11 @@ class Heartbeats:
             log.error(Event.WORKER_HUNG, still_seconds=round(still_seconds, 1), held=len(self._leases))
         self._hung = hung
         return hung
+
+
+async def _extend(store: Store, held: Sequence[Held]) -> list[Heartbeat]:
+    """Extends these leases; passes over rows that are locked, which only a handler's own transaction keeps for long."""
+    if not any(item.committing for item in held):
+        with suppress(Locked):
+            return await store.extend_leases([item.lease for item in held])
+    return await store.heartbeat_jobs([Beat(id=item.lease.id, token=item.lease.token) for item in held])

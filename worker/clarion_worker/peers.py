@@ -26,8 +26,12 @@ sure, each worker chooses one ring in 50, so one a second, waits 1 s and looks o
 second, and 1 claim a job for all. The sweeps, one in 5 s: 0.4 a job. Together 3.4; measured were 3.0, and 3.6 while 50
 of the 100 had no room. The median wait was 3 ms in both cases, and 11 ms while 90 had none.
 
-Passing on and calling others backs off, and starts anew when a claim has found the queue empty: in a backlog, where
-everybody is busy, a worker rings once in sweep_seconds. Workers over HTTP are woken by the API's own claims hub.
+Passing on and calling others backs off: in a backlog, where everybody is busy, a worker rings once in sweep_seconds. It
+starts anew when a claim has found the queue empty or, since who is full of long jobs claims nothing, after as long
+without a call. With 90 of 100 workers full of long jobs and one ring a second, 95 % of the jobs stay taken at once;
+without that it was 80 % after some minutes. With 50 rings a second passing on is mostly suppressed, and the rings and
+doubts for other jobs find these too: simulated, half of the jobs wait 15 ms and one in 20 over 0.1 s, or 0.1 and 0.4 s
+while 98 of the 100 are full. Workers over HTTP are woken by the API's own claims hub.
 """
 
 import random
@@ -94,8 +98,10 @@ class Peers:
     def call(self, queue: str, ready: Ready, *, hops: int = 0) -> None:
         """Rings for jobs that this worker has no room for, if there is anybody else and it did not just do so."""
         standing = self._standings.get(queue)
-        called = self._called.get(queue, _Called(0, 0.0))
         now = time.monotonic()
+        called = self._called.get(queue)
+        if called is None or now >= called.again_at + self._pause_max_seconds:
+            called = _Called(0, 0.0)
         if standing is None or standing.workers <= 1 or now < called.again_at:
             return
         pause_seconds = _FIRST_PAUSE_SECONDS * 2 ** min(called.times, _DOUBLINGS_MAX)

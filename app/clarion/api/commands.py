@@ -114,10 +114,11 @@ def _explain(job: Job, as_wished: set[JobState], refused: set[JobState], wish: s
 
 
 def _ring(call: Call[RetryIn, Nothing] | Call[JobPatch, Nothing], answer: Requeued) -> None:
-    if answer.state == JobState.READY:
-        call.services.ringer.mark(ready_by_queue([(answer.queue, answer.sort_key)]))
-    elif answer.state == JobState.SCHEDULED:
+    if answer.state == JobState.SCHEDULED:
         call.services.ringer.mark(scheduled=True)
+    else:
+        # Also a job that was ready already: for as long as it was locked here, claims skipped it.
+        call.services.ringer.mark(ready_by_queue([(answer.queue, answer.sort_key)]))
 
 
 _PATCH_PROBLEMS = (

@@ -141,7 +141,7 @@ async def _run_again(call: Call[RedriveIn, Nothing], chunk: Sequence[JobSummary]
     answers = await call.services.store.retry_jobs(
         [job.id for job in chunk], delays_seconds, actor=call.actor, reason="redrive", only_dead=True
     )
-    ready = ready_by_queue((answer.queue, answer.sort_key) for answer in answers if answer.state == JobState.READY)
+    ready = ready_by_queue((answer.queue, answer.sort_key) for answer in answers if answer.state != JobState.SCHEDULED)
     call.services.ringer.mark(ready, scheduled=any(answer.state == JobState.SCHEDULED for answer in answers))
     return [job.id for job, answer in zip(chunk, answers, strict=True) if answer.state is not None]
 

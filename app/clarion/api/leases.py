@@ -119,8 +119,8 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], 
 
     A client that goes away waits no longer, and what was claimed for it is handed back.
     """
-    arrived = looked = anyio.current_time()
     leases: list[Lease] = []
+    arrived = looked = anyio.current_time()
     failure: ClarionError | None = None
     gone = False
 
@@ -134,23 +134,15 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], 
         gone = True
         scope.cancel()
 
-    async def claim() -> list[Lease]:
-        found = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds, looking=looking)
-        for _ in range(_LAST_LOOK_TURNS if found else 0):
-            await anyio.lowlevel.checkpoint()
-        return found
-
-    if not call.body.wait_seconds:  # which needs no second task
-        leases = await claim()
-        gone = bool(leases) and await call.request.is_disconnected()
-    else:
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch_client, group.cancel_scope)
-            try:
-                leases = await claim()
-            except ClarionError as error:  # told outside of the group, which would wrap it
-                failure = error
-            group.cancel_scope.cancel()
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch_client, group.cancel_scope)
+        try:
+            leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds, looking=looking)
+            for _ in range(_LAST_LOOK_TURNS if leases else 0):
+                await anyio.lowlevel.checkpoint()
+        except ClarionError as error:  # told outside of the group, which would wrap it
+            failure = error
+        group.cancel_scope.cancel()
     if gone:
         await _hand_back(call.services, leases)
         raise ClientDisconnect
