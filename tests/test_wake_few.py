@@ -215,9 +215,9 @@ async def test_who_looked_before_it_was_time_to_make_sure_does_not_look_again(
         assert len(store.claims) == claims
 
 
-def test_about_two_of_the_idle_make_sure_however_many_are_busy(store: CountingStore, patient: Settings) -> None:
+def test_about_one_of_the_idle_makes_sure_however_many_are_busy(store: CountingStore, patient: Settings) -> None:
     peers = Holder(store, patient).peers
-    peers.learn([standing(5, 1_000_000, idle=2)])
+    peers.learn([standing(5, 1_000_000, idle=1)])
     assert all(peers.doubts("default") for _ in range(20))
     peers.learn([standing(5, 1_000_000)])
     assert not all(peers.doubts("default") for _ in range(20))

@@ -81,7 +81,9 @@ class Database:
     async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:
         with translated_errors():
             try:
-                connection = await self._pool.acquire(timeout=self._acquire_timeout_seconds)
+                # Where nobody need wait, a limit would only cost a task, and turns of the loop that others get first.
+                is_free = self._pool.get_idle_size() > 0
+                connection = await self._pool.acquire(timeout=None if is_free else self._acquire_timeout_seconds)
             except TimeoutError as error:
                 if self._pool.get_idle_size() == 0 and self._pool.get_size() >= self._pool.get_max_size():
                     raise Overloaded("every connection to the database is busy") from error
@@ -89,8 +91,8 @@ class Database:
             try:
                 yield connection
             finally:
-                with anyio.CancelScope(shield=True):
-                    await self._pool.release(connection, timeout=self._acquire_timeout_seconds)
+                # Goes on when this is cancelled: the pool shields it.
+                await self._pool.release(connection, timeout=self._acquire_timeout_seconds)
 
 
 @contextmanager

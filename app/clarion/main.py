@@ -11,6 +11,7 @@ import structlog
 import uvicorn
 
 from clarion.api.app import create_app
+from clarion.api.joined_writes import JoinedWrites
 from clarion.api.services import Services
 from clarion.claims import Claims
 from clarion.db import open_database
@@ -141,6 +142,7 @@ class _Server(uvicorn.Server):
     def __init__(self, settings: Settings, services: Services, started: Callable[[], None]) -> None:
         config = uvicorn.Config(
             create_app(services),
+            http=JoinedWrites,
             lifespan="off",
             log_config=None,
             access_log=False,
