@@ -23,7 +23,7 @@ milliseconds.
 
 Budget, for 100 idle workers and 50 rings a second for one job each: 2 claims a job by those who are meant, and one more
 by who took it, if that filled its slots. To make sure, each worker chooses one ring in 100, waits 1 s and looks once
-for all rings of that time: 0.7 claims a job for all. The sweeps, one in 5 s: 0.4 a job. Together 3.1, or 4.1 for workers
+for all rings of that time: 0.7 claims a job for all. The sweeps, one in 5 s: 0.4 a job. Together 3.1, or 4.1 for those
 of one slot, of which some coincide. The median wait is 3 ms, and 11 ms while 90 of the 100 have no room.
 
 Passing on and calling others backs off: in a backlog, where everybody is busy, a worker rings once in sweep_seconds. It
