@@ -119,7 +119,10 @@ def test_the_table_of_settings_is_the_settings() -> None:
 def test_the_commands_of_the_readme_exist() -> None:
     shell = "\n".join(content for language, content in blocks(README) if language == "sh")
     scripts = set(re.findall(r"^(scripts/\w+(?:\.py)?)", shell, re.MULTILINE))
-    named = {"scripts/dev", "scripts/test", "scripts/verify", "scripts/verify_e2e.py", "scripts/defects.py"}
+    named = {
+        "scripts/dev", "scripts/test", "scripts/verify", "scripts/verify_e2e.py", "scripts/defects.py",
+        "scripts/benchmark.py",
+    }  # fmt: skip
     assert scripts == named
     assert all((ROOT / script).stat().st_mode & 0o111 for script in scripts)
 
