@@ -121,7 +121,8 @@ async def test_the_reaper_says_whose_job_it_took(jobs: Jobs) -> None:
     lease = await jobs.run(queue="mail")
     await jobs.expire(lease.id)
     (reaped,) = await jobs.store.reap_jobs()
-    assert msgspec.structs.astuple(reaped) == (lease.id, "mail", lease.task, "ready", 1, jobs.worker_id, False)
+    said = (lease.id, "mail", lease.task, "ready", 1, jobs.worker_id, False, lease.sort_key)
+    assert msgspec.structs.astuple(reaped) == said
 
 
 # -- Timeouts
