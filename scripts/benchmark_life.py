@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import date
 from functools import partial
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -112,10 +113,7 @@ async def drain_and_drop(bench: Bench, worker: Launched, *, rows: int) -> Round:
     """Drains, and half-way through drops the old day with the product's own statement, if there are rows."""
     await bench.reset()
     if rows:
-        day = await bench.connection.fetchval("select (now() at time zone 'UTC')::date - $1::integer", _OLD_DAYS)
-        await bench.connection.execute("select clarion.create_history_partition($1)", day)
-        at = await bench.connection.fetchval("select $1::date::timestamp at time zone 'UTC'", day)
-        await bench.connection.execute(_HISTORY, NOTHING, rows, at)
+        await make_old_day(bench, rows)
     backlog = await bench.fill("retention", bench.sizes.drain_jobs)
     middle = await bench.connection.fetchval(_MIDDLE, backlog.queue, backlog.jobs // 2)
     dropped: list[float] = []
@@ -130,6 +128,23 @@ async def drain_and_drop(bench: Bench, worker: Launched, *, rows: int) -> Round:
     gap = await bench.connection.fetchval(_GAP, backlog.queue, backlog.since)
     values = measured.values | {"gap": 1000 * gap} | ({"seconds": dropped[0]} if dropped else {})
     return msgspec.structs.replace(measured, values=values)
+
+
+async def make_old_day(bench: Bench, rows: int) -> None:
+    """A day of finished jobs, vacuumed long ago: a vacuum under way would keep it from being dropped."""
+    day = await bench.connection.fetchval("select (now() at time zone 'UTC')::date - $1::integer", _OLD_DAYS)
+    while not await _partitioned(bench, day):
+        pass
+    at = await bench.connection.fetchval("select $1::date::timestamp at time zone 'UTC'", day)
+    await bench.connection.execute(_HISTORY, NOTHING, rows, at)
+    await bench.connection.execute(f"vacuum (freeze, analyze) clarion.job_history_{day:%Y%m%d}")
+
+
+async def _partitioned(bench: Bench, day: date) -> bool:
+    try:
+        return bool(await bench.connection.fetchval("select clarion.create_history_partition($1)", day))
+    except asyncpg.LockNotAvailableError:  # it gives up soon as well
+        return False
 
 
 async def drop_old_day(bench: Bench, *, once_gone: UUID) -> float:
