@@ -1,7 +1,7 @@
 """Workers over HTTP: claiming jobs, keeping them, and what they say meanwhile."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from socket import SHUT_RDWR
@@ -378,14 +378,14 @@ async def test_claims_at_once_share_statements_and_no_job(
 
 
 async def test_one_job_costs_one_claim_however_many_wait(counting: CountingStore, settings: Settings) -> None:
-    async with (
-        serving(counting, settings, sweep_seconds=300) as (services, port),
-        asking(port) as first,
-        asking(port) as second,
-        asking(port),
-        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
-    ):
-        await counting.until(answered=3)
+    async with AsyncExitStack() as stack:
+        services, port = await stack.enter_async_context(serving(counting, settings, sweep_seconds=300))
+        http = await stack.enter_async_context(httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}"))
+        line = []
+        for place in range(1, 4):  # one after the other, so that it is known who stands first
+            line.append(await stack.enter_async_context(asking(port)))
+            await counting.until(answered=place)
+        first, second, _ = line
         before = counting.claims
         for stream in (first, second):
             await http.post("/v1/jobs", json={"task": "work"})
