@@ -52,14 +52,15 @@ async def test_a_slot_takes_its_next_job_while_the_outcome_of_the_last_waits_for
 ) -> None:
     gate, one_slot = Gate(), msgspec.structs.replace(settings, concurrency=1, sweep_seconds=300.0, lease_seconds=300.0)
     async with client(settings) as jobs, running_worker(gate.worker, one_slot):
+        await jobs.run(numbered(0))  # by now it listens, and has looked
         async with nothing_finishes(settings):
-            ids = await jobs.enqueue(*[numbered(number) for number in range(2)])
+            ids = await jobs.enqueue(numbered(1), numbered(2))
             with anyio.fail_after(10):  # long before the next sweep
-                await gate.until(begun=2)
+                await gate.until(begun=3)
             assert [(await jobs.store.get_job(job_id)).state for job_id in ids] == ["running"] * 2  # type: ignore[union-attr]
         for job_id in ids:
             assert (await jobs.final(job_id)).attempt == 1
-    assert gate.begun == [0, 1]
+    assert gate.begun == [0, 1, 2]
 
 
 async def test_outcomes_that_wait_are_as_many_as_there_are_slots_and_no_more(settings: Settings) -> None:
