@@ -1,10 +1,9 @@
 """The composition root of the API: pool, store, batchers, ringer, waits, claims behind the routes; and the server."""
 
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from uuid import UUID
 
 import anyio
 import structlog
@@ -19,7 +18,6 @@ from clarion.endings import Endings
 from clarion.enqueuer import Enqueuer
 from clarion.errors import UsageError
 from clarion.events import Event
-from clarion.execution import Ready
 from clarion.ground import is_ground_safe, wait_for_ground
 from clarion.loops import run_forever
 from clarion.maintenance import Maintenance
@@ -39,7 +37,8 @@ _BACKLOG = 2048
 async def running_services(store: Store, settings: Settings) -> AsyncIterator[Services]:
     """What the routes need, with its background tasks running. A bug in one ends the block, and so the process."""
     claims = Claims(store, settings)
-    ringer = _NearRinger(store, settings, claims)
+    # The claims of this process hear of jobs at once, before anybody is answered who could expect to get them.
+    ringer = Ringer(store, settings, on_ready=claims.expect)
     enqueuer = Enqueuer(store, ringer, settings)
     endings = Endings(store, ringer, buffer_max=settings.enqueue_buffer_max_jobs, batch_max=settings.batch_max)
     waits = Waits(store, settings)
@@ -114,26 +113,6 @@ def url_of(listening: socket.socket) -> str:
     """Where a bound socket answers."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-class _NearRinger(Ringer):
-    """Tells the claims of its own process at once, before anybody is answered who could expect to get these jobs."""
-
-    def __init__(self, store: Store, settings: Settings, claims: Claims) -> None:
-        super().__init__(store, settings)
-        self._claims = claims
-
-    def mark(
-        self,
-        ready: Mapping[str, Ready] | None = None,
-        *,
-        scheduled: bool = False,
-        cancelled: Iterable[UUID] = (),
-        hops: int = 0,
-    ) -> None:
-        """Notes it for the others."""
-        self._claims.expect(ready or {})
-        super().mark(ready, scheduled=scheduled, cancelled=cancelled, hops=hops)
 
 
 class _Server(uvicorn.Server):

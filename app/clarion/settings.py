@@ -110,7 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0
     # Every address: who opens the port wants it for probes, which come from outside of the container; and its answers
     # hold pids and counts, no data.
-    health_host: Annotated[str, Meta(description="Address of that port.")] = "0.0.0.0"  # noqa: S104
+    health_host: Annotated[str, Meta(description="Address of that port.")] = "0.0.0.0"  # noqa: S104  probes come from outside
 
     max_attempts: Annotated[
         int,

@@ -62,10 +62,13 @@ class Ring(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Ringer:
-    """Collects what happened in this process and tells the others."""
+    """Collects what happened in this process and tells the others; `on_ready` is told at once what became ready."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, *, on_ready: Callable[[Mapping[str, Ready]], None] = lambda _ready: None
+    ) -> None:
         self._store = store
+        self._on_ready = on_ready
         self._interval_seconds = settings.wake_interval_seconds
         # By how often it was passed on.
         self._ready: dict[int, dict[str, Ready]] = {}
@@ -82,6 +85,7 @@ class Ringer:
         hops: int = 0,
     ) -> None:
         """Notes, after their commit: these jobs became ready in each queue, some were scheduled, or cancelled."""
+        self._on_ready(ready or {})
         for queue, more in (ready or {}).items():
             marked = self._ready.setdefault(hops, {})
             marked[queue] = marked[queue].together(more) if queue in marked else more

@@ -36,6 +36,6 @@ class _JoiningTransport:
 class JoinedWrites(HttpToolsProtocol):
     """uvicorn's protocol on such a transport."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its parent has it
         """Begins a connection."""
         super().connection_made(cast("asyncio.Transport", _JoiningTransport(transport)))
