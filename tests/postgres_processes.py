@@ -5,7 +5,7 @@ import os
 import select
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -71,10 +71,17 @@ def environment_of(pid: int) -> bytes:
 
 
 class Watched:
-    """Processes whose death can be awaited without a sleep, even if their pids are given away again."""
+    """Processes whose death can be awaited without a sleep, even if their pids are given away again.
+
+    One that was listed a moment ago may have ended by itself, as the backend of a connection just closed does: it is
+    dead already.
+    """
 
     def __init__(self, *pids: int) -> None:
-        self._pidfds = [os.pidfd_open(pid) for pid in pids]
+        self._pidfds: list[int] = []
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                self._pidfds.append(os.pidfd_open(pid))
 
     def await_death(self) -> None:
         for pidfd in self._pidfds:
