@@ -95,13 +95,23 @@ async def test_of_one_key_twice_in_a_set_the_first_adds_a_job(jobs: Jobs) -> Non
 async def test_a_mixed_set_is_answered_in_order(jobs: Jobs) -> None:
     known = await jobs.store.enqueue_jobs([keyed(f"old {n}") for n in range(10)])
     new = [
-        job for n in range(10) for job in (keyed(f"old {n}"), keyed(f"new {n}", args=f"{n}"), keyed(None, args=f"-{n}"))
+        job
+        for n in range(10)
+        for job in (
+            keyed(f"old {n}"),
+            keyed(f"new {n}", args=f"{n}", priority=n % 2),
+            keyed(None, args=f"-{n}", delay_seconds=60.0 * (n % 2)),
+        )
     ]
     added = await jobs.store.enqueue_jobs(new)
     assert [answer_of(answer) for answer in added[::3]] == [answer_of(answer) for answer in known]
     assert [answer.request for answer in added] == [REQUEST, None, None] * 10
-    rows = await jobs.fetch("select id, args::text from clarion.jobs")
+    rows = await jobs.fetch("select id, args::text, created_at, run_at, sort_key from clarion.jobs")
     args = {row["id"]: row["args"] for row in rows}
+    stored = {row["id"]: (row["created_at"], row["run_at"], row["sort_key"]) for row in rows}
+    for n, answer in enumerate(added):
+        assert (answer.created_at, answer.run_at) == stored[answer.id][:2]
+        assert answer.sort_key == (stored[answer.id][2] if n % 3 else None)
     assert [args[answer.id] for answer in added[1::3]] == [f"{n}" for n in range(10)]
     assert [args[answer.id] for answer in added[2::3]] == [f"-{n}" for n in range(10)]
     assert len(rows) == 30

@@ -1,5 +1,8 @@
--- Adds jobs: ready when due now, scheduled when due later. Answers one row per input, in input order; its
--- sort_key, for the ring, is null where this call added nothing.
+-- Adds jobs: ready when due now, scheduled when due later. Answers one row per input, in input order.
+--
+-- A moment is what costs a client most to decode, so those of a job that this call added are told only where they differ:
+-- created_at is null, and is the `moment` in the first row; so is run_at, where it is that too; so is sort_key, where it
+-- is run_at. A row with a created_at is the answer of a known key.
 --
 -- Takes: → ready, → scheduled.
 -- $1 queue, $2 task, $3 args as JSON text, $4 priority, $5 run_at (null: see $6), $6 delay in seconds (null: none),
@@ -72,8 +75,8 @@ added as (
 )
 select
   coalesce(a.id, o.job_id, case when r.is_refused then i.id end) as id, coalesce(a.state, o.state)::text as state,
-  coalesce(a.created_at, o.created_at) as created_at, coalesce(a.run_at, o.run_at) as run_at, o.request::text as request,
-  a.sort_key
+  o.created_at, coalesce(nullif(a.run_at, now()), o.run_at) as run_at, o.request::text as request,
+  nullif(a.sort_key, a.run_at) as sort_key, case when i.n = 1 then now() end as moment
 from input as i
 cross join refused as r
 left join added as a on a.id = i.id

@@ -1,7 +1,10 @@
 """What people and programs ask of jobs: add, cancel, run again, change."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from uuid import UUID
+
+import asyncpg
 
 from clarion.errors import Unavailable
 from clarion.job import Cancelling, Enqueued, JobChange, NewJob, Requeued
@@ -25,7 +28,7 @@ class Commands(StatementRunner):
             ),
             self._settings.idempotency_ttl_seconds,
         )  # fmt: skip
-        added = [Enqueued(*row) for row in rows]
+        added = [_enqueued(rows[0]["moment"], row) for row in rows]
         if not all(job.id for job in added):
             raise Unavailable("an idempotency key ran out while it was looked up: try again")
         return added
@@ -66,3 +69,12 @@ class Commands(StatementRunner):
     async def drain_worker(self, worker_id: UUID) -> bool:
         """Tells a worker to finish what it runs and exit; False when there is no such worker."""
         return bool(await self._fetch("drain_worker", worker_id))
+
+
+def _enqueued(moment: datetime, row: asyncpg.Record) -> Enqueued:
+    """A row of `enqueue_jobs`, which does not say what is the same for most."""
+    job_id, state, created_at, run_at, request, sort_key, _ = row
+    run_at = run_at or moment
+    if created_at is not None or not state:
+        return Enqueued(job_id, state, created_at or moment, run_at, request, None)
+    return Enqueued(job_id, state, moment, run_at, request, sort_key or run_at)
