@@ -62,9 +62,14 @@ class Enqueuer:
 
     async def _add(self, jobs: Sequence[NewJob]) -> list[Enqueued]:
         added = await self._store.enqueue_jobs(jobs)
-        new = [(job, answer) for job, answer in zip(jobs, added, strict=True) if answer.request is None]
-        ready = ready_by_queue((job.queue, answer.sort_key) for job, answer in new if answer.state == JobState.READY)
-        self._ringer.mark(ready, scheduled=any(answer.state == JobState.SCHEDULED for _, answer in new))
+        ready = ready_by_queue(
+            (job.queue, answer.sort_key)
+            for job, answer in zip(jobs, added, strict=True)
+            if answer.state == JobState.READY
+        )
+        # Of a known key, the answer has no place in line.
+        scheduled = any(answer.state == JobState.SCHEDULED and answer.sort_key is not None for answer in added)
+        self._ringer.mark(ready, scheduled=scheduled)
         return added
 
     async def _add_keyed(self, jobs: Sequence[NewJob]) -> list[Enqueued]:

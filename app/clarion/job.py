@@ -123,7 +123,7 @@ TRANSITIONS: Mapping[str, frozenset[tuple[JobState | None, JobState]]] = {
 FINAL = frozenset({JobState.SUCCEEDED, JobState.CANCELLED, JobState.DEAD})
 
 
-class NewJob(msgspec.Struct, frozen=True, kw_only=True):
+class NewJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A job to be; `args` is JSON text, kept to the letter. None leaves a choice to the task, then to the settings.
 
     `start_within_seconds` and the total timeout count from the moment at which the job is due. `key` makes the enqueue
@@ -148,7 +148,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     request: str | None = None
 
 
-class Enqueued(msgspec.Struct, frozen=True):
+class Enqueued(msgspec.Struct, frozen=True, gc=False):
     """The answer to an enqueue that is committed; a replay has the `request` of the first call with its key.
 
     An empty state: not added, since a neighbour's key stands for another request. `sort_key` is None unless this call

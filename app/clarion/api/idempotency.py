@@ -27,12 +27,17 @@ _NOT_OF_THE_REQUEST = {"enqueued_by", "key", "request"}
 _FIELDS = [field for field in msgspec.structs.fields(NewJob) if field.name not in _NOT_OF_THE_REQUEST]
 
 
-class Keyed(msgspec.Struct, frozen=True):
-    """A job as it was sent, the key it is to have, and its place in the request."""
+class Keyed(msgspec.Struct, frozen=True, gc=False):
+    """A job as it was sent, the key it is to have, and its place in the request, if that holds several."""
 
     job: JobIn
     key: str | None
-    at: str = ""
+    place: int | None = None
+
+    @property
+    def at(self) -> str:
+        """A JSON pointer to it."""
+        return "" if self.place is None else f"/jobs/{self.place}"
 
 
 def with_key(job: JobIn, header_key: str | None) -> Keyed:
@@ -44,10 +49,7 @@ def with_key(job: JobIn, header_key: str | None) -> Keyed:
 
 def with_keys(jobs: Sequence[JobIn], header_key: str | None) -> list[Keyed]:
     """The jobs of a batch: those without a key of their own have the header's, and their place in the batch."""
-    return [
-        Keyed(job, job.idempotency_key or derived_key(header_key, place), f"/jobs/{place}")
-        for place, job in enumerate(jobs)
-    ]
+    return [Keyed(job, job.idempotency_key or derived_key(header_key, place), place) for place, job in enumerate(jobs)]
 
 
 def derived_key(header_key: str | None, place: int) -> str | None:
@@ -57,13 +59,18 @@ def derived_key(header_key: str | None, place: int) -> str | None:
 
 async def new_jobs(items: Sequence[Keyed], actor: str) -> list[NewJob]:
     """The records that are stored; raises Invalid for a deadline that is over. Digests of much are made in a thread."""
+    keyed_bytes = [len(bytes(item.job.args)) for item in items if item.key is not None and item.job.args is not UNSET]
+    if sum(keyed_bytes) <= INLINE_MAX_BYTES:
+        return new_jobs_now(items, actor)
+    return await anyio.to_thread.run_sync(new_jobs_now, items, actor)
+
+
+def new_jobs_now(items: Sequence[Keyed], actor: str) -> list[NewJob]:
+    """The same, here and now."""
     errors = [below(item.at, late) for item in items if (late := item.job.late_start(keyed=item.key is not None))]
     if errors:
         raise invalid(errors)
-    keyed_bytes = [len(bytes(item.job.args)) for item in items if item.key is not None and item.job.args is not UNSET]
-    if sum(keyed_bytes) <= INLINE_MAX_BYTES:
-        return _new_jobs(items, actor)
-    return await anyio.to_thread.run_sync(_new_jobs, items, actor)
+    return [_new_job(item, actor) for item in items]
 
 
 def fingerprint(job: NewJob) -> str:
@@ -88,9 +95,11 @@ def differences(request: str | None, first: str | None) -> list[FieldError]:
 
 def check_replays(items: Sequence[Keyed], jobs: Sequence[NewJob], added: Sequence[Enqueued]) -> None:
     """Raises IdempotencyMismatch unless every key that was known stands for the same request."""
-    triples = zip(items, jobs, added, strict=True)
     _refuse(
-        below(item.at, error) for item, job, answer in triples for error in differences(job.request, answer.request)
+        below(item.at, error)
+        for item, job, answer in zip(items, jobs, added, strict=True)
+        if answer.request is not None
+        for error in differences(job.request, answer.request)
     )
 
 
@@ -103,7 +112,8 @@ def check_batch(items: Sequence[Keyed], jobs: Sequence[NewJob]) -> None:
     _refuse(
         below(item.at, error)
         for item, job in zip(items, jobs, strict=True)
-        for error in differences(job.request, first.get(job.key or ""))
+        if job.key is not None
+        for error in differences(job.request, first[job.key])
     )
 
 
@@ -119,13 +129,9 @@ def _refuse(differing: Iterator[FieldError]) -> None:
         raise mismatch(errors)
 
 
-def _new_jobs(items: Sequence[Keyed], actor: str) -> list[NewJob]:
-    return [_new_job(item, actor) for item in items]
-
-
 def _new_job(item: Keyed, actor: str) -> NewJob:
     # The histories take nobody for the API.
-    job = msgspec.structs.replace(item.job.to_new_job(), enqueued_by=None if actor == "api" else actor)
+    job = item.job.to_new_job(enqueued_by=None if actor == "api" else actor)
     return job if item.key is None else msgspec.structs.replace(job, key=item.key, request=fingerprint(job))
 
 

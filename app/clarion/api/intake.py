@@ -6,19 +6,21 @@ which lines to send again.
 """
 
 from collections.abc import Sequence
+from uuid import UUID
 
 import anyio
+import anyio.to_thread
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from clarion.api.decoding import Nothing, decode_body
-from clarion.api.idempotency import Keyed, derived_key, differences, mismatch, new_jobs
+from clarion.api.decoding import INLINE_MAX_BYTES, Nothing, decode
+from clarion.api.idempotency import Keyed, derived_key, differences, mismatch, new_jobs_now
 from clarion.api.operation import Call
 from clarion.api.problems import ProblemOut, problem_out
 from clarion.api.requests import NDJSON
 from clarion.api.schemas import JobIn
 from clarion.enqueuer import enqueue_each
-from clarion.errors import ClarionError, IdempotencyInFlight, TooLarge, Unavailable, Unstorable
+from clarion.errors import ClarionError, IdempotencyInFlight, Overloaded, TooLarge, Unavailable, Unstorable
 from clarion.job import Enqueued, NewJob
 
 # A chunk is one statement: so many lines, or so many bytes of them, whichever comes first.
@@ -30,6 +32,7 @@ IN_FLIGHT_MAX = 12
 # Answers up to this size stay in memory; above it they go to a temporary file.
 SPOOL_MEMORY_BYTES = 1_048_576
 _SEND_BYTES = 65_536
+_ENCODER = msgspec.json.Encoder()
 
 Answer = Enqueued | ClarionError
 
@@ -37,7 +40,7 @@ Answer = Enqueued | ClarionError
 class LineAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """What became of one line: the job's id and state, or the problem and the line's number."""
 
-    id: str | None = None
+    id: UUID | None = None
     state: str | None = None
     replayed: bool = False
     error: ProblemOut | None = None
@@ -98,24 +101,33 @@ class Intake:
                 jobs = [item for _, item in chunk.items if isinstance(item, NewJob)]
                 answers = map(_checked, jobs, await self._enqueue(jobs))
                 lines = [
-                    (line, item if isinstance(item, ClarionError) else next(answers)) for line, item in chunk.items
+                    self._line_answer(line, item if isinstance(item, ClarionError) else next(answers))
+                    for line, item in chunk.items
                 ]
                 self._call.share.give_back(chunk.held_bytes)
-                await self._spool.write(b"".join(self._encode(line, answer) for line, answer in lines))
+                await self._spool.write(_ENCODER.encode_lines(lines))
 
     async def _hand_over(self) -> None:
         chunk, self._chunk, self._chunk_bytes = self._chunk, _Chunk(), 0
         await self._full.send(chunk)
 
     async def _decode(self, line: bytes | None) -> NewJob | ClarionError:
+        if line is None:
+            return TooLarge(f"the line is over {self._call.services.settings.body_max_bytes} bytes")
         try:
-            if line is None:
-                raise TooLarge(f"the line is over {self._call.services.settings.body_max_bytes} bytes")
             self._call.share.take(len(line))
-            self._chunk.held_bytes += len(line)
-            job = await decode_body(line, JobIn)
+        except Overloaded as error:
+            return error
+        self._chunk.held_bytes += len(line)
+        if len(line) <= INLINE_MAX_BYTES:
+            return self._decode_now(line)
+        return await anyio.to_thread.run_sync(self._decode_now, line)
+
+    def _decode_now(self, line: bytes) -> NewJob | ClarionError:
+        try:
+            job = decode(line, JobIn)
             key = job.idempotency_key or derived_key(self._header_key, self._place)
-            [new] = await new_jobs([Keyed(job, key)], self._actor)
+            [new] = new_jobs_now([Keyed(job, key)], self._actor)
         except ClarionError as error:
             return error
         return new
@@ -136,17 +148,17 @@ class Intake:
             self._outage = error
             return [error for _ in jobs]
 
-    def _encode(self, line: int, answer: Answer) -> bytes:
+    def _line_answer(self, line: int, answer: Answer) -> LineAnswer:
         if isinstance(answer, ClarionError):
-            shown = LineAnswer(error=problem_out(self._call.request, answer), line=line)
-        else:
-            shown = LineAnswer(id=str(answer.id), state=answer.state, replayed=answer.request is not None)
-        return msgspec.json.encode(shown) + b"\n"
+            return LineAnswer(error=problem_out(self._call.request, answer), line=line)
+        return LineAnswer(id=answer.id, state=answer.state, replayed=answer.request is not None)
 
 
 def _checked(job: NewJob, answer: Answer) -> Answer:
     """The answer to this job, unless its key stands for another request."""
-    errors = [] if isinstance(answer, ClarionError) else differences(job.request, answer.request)
+    if isinstance(answer, ClarionError) or answer.request is None:
+        return answer
+    errors = differences(job.request, answer.request)
     return mismatch(errors) if errors else answer
 
 

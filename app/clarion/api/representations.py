@@ -65,7 +65,7 @@ class JobListOut(msgspec.Struct, frozen=True):
     next_cursor: str | None
 
 
-class JobRef(msgspec.Struct, frozen=True, omit_defaults=True):
+class JobRef(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """An enqueued job, in the order of the request; `replayed` where its key was known and it was added before."""
 
     id: UUID

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Annotated, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -57,7 +58,7 @@ Key = Annotated[
 ListLimit = Annotated[int, Meta(ge=1, le=LIST_MAX, description=f"must be a whole number from 1 to {LIST_MAX}")]
 
 
-class JobIn(Form, frozen=True, kw_only=True):
+class JobIn(Form, frozen=True, kw_only=True, gc=False):
     """A job to enqueue. What it leaves open, the task's definition decides, then the settings."""
 
     task: Name
@@ -78,6 +79,12 @@ class JobIn(Form, frozen=True, kw_only=True):
     def broken_rules(self, finder: FaultFinder) -> Iterator[FieldError]:
         """A payload that is a storable object, durations within bounds, one start within ten years and one deadline."""
         yield from payload_errors(self.args, finder)
+        if not self._is_plain:
+            yield from self._broken_choices()
+        if self.idempotency_key is not None and not self.idempotency_key.isprintable():
+            yield FieldError("must be printable characters", pointer="/idempotency_key")
+
+    def _broken_choices(self) -> Iterator[FieldError]:
         yield from duration_errors(self)
         if self.run_at is not None and self.delay is not None:
             yield FieldError("excludes run_at: give one of them", pointer="/delay")
@@ -87,22 +94,27 @@ class JobIn(Form, frozen=True, kw_only=True):
         yield from deadline_errors(self.start_by)
         if self.start_by is not None and self.run_at is not None and self.start_by < self.run_at:
             yield FieldError("is before run_at", pointer="/start_by")
-        if self.idempotency_key is not None and not self.idempotency_key.isprintable():
-            yield FieldError("must be printable characters", pointer="/idempotency_key")
 
     def late_start(self, *, keyed: bool) -> FieldError | None:
         """A start_by before the moment at which the job would be due now; one with a key was perhaps sent before."""
+        if self.start_by is None:
+            return None
         due = datetime.now(UTC) + timedelta(seconds=(self._seconds("delay") or 0) - keyed * REPEAT_SECONDS)
-        late = self.start_by is not None and self.start_by < due
-        return FieldError("is before the job is due", pointer="/start_by") if late else None
+        return FieldError("is before the job is due", pointer="/start_by") if self.start_by < due else None
 
-    def to_new_job(self) -> NewJob:
+    def to_new_job(self, *, enqueued_by: str | None = None) -> NewJob:
         """The record that is stored, without a key."""
+        args = "{}" if self.args is UNSET else str(bytes(self.args), "utf-8")
+        if self._is_plain:
+            return NewJob(
+                task=self.task, queue=self.queue, args=args, priority=self.priority, enqueued_by=enqueued_by
+            )  # fmt: skip
         return NewJob(
             task=self.task,
             queue=self.queue,
-            args="{}" if self.args is UNSET else str(bytes(self.args), "utf-8"),
+            args=args,
             priority=self.priority,
+            enqueued_by=enqueued_by,
             run_at=self.run_at,
             delay_seconds=self._seconds("delay"),
             max_attempts=self.max_attempts,
@@ -114,9 +126,20 @@ class JobIn(Form, frozen=True, kw_only=True):
             total_timeout_seconds=self._seconds("total_timeout"),
         )
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it leaves everything open that most do: to look at each field by itself is most of a batch's cost."""
+        return _CHOICES(self) == _NONE_CHOSEN
+
     def _seconds(self, name: str) -> float | None:
         value = getattr(self, name)
         return None if value is None else seconds_in(name, value)
+
+
+_CHOICES = attrgetter(
+    "run_at", "delay", "start_by", "start_within", "total_timeout", "max_attempts", "timeout", "backoff", "backoff_cap"
+)
+_NONE_CHOSEN = (None,) * 9
 
 
 class BatchIn(Form, frozen=True, kw_only=True):
@@ -172,8 +195,7 @@ class JobListQuery(Form, frozen=True, kw_only=True):
 
 def payload_errors(args: Raw | UnsetType, finder: FaultFinder) -> Iterator[FieldError]:
     """Why `args` cannot be a payload."""
-    fault = finder.in_payload(bytes(args)) if args is not UNSET else None
-    if fault:
+    if args is not UNSET and (fault := finder.in_payload(bytes(args))):
         yield FieldError(fault.detail, pointer=f"/args{fault.pointer}")
 
 
