@@ -166,6 +166,31 @@ async def test_lines_are_held_until_they_are_enqueued_and_beyond_the_bound_each_
     assert said[2]["error"]["type"] == "/problems/overloaded"
 
 
+async def test_what_is_there_is_had_at_once_and_what_is_not_is_waited_for_by_nobody() -> None:
+    coming, ended = anyio.Event(), False
+
+    async def at_hand() -> str:
+        return "it"
+
+    async def not_yet() -> str:
+        nonlocal ended
+        try:
+            await coming.wait()
+        finally:
+            ended = True
+        return "it"
+
+    async def broken() -> str:
+        raise OSError("no")
+
+    assert requests.at_once(at_hand()) == "it"
+    assert requests.at_once(not_yet()) is None
+    assert ended
+    with pytest.raises(OSError, match="no"):
+        requests.at_once(broken())
+    await anyio.lowlevel.checkpoint()  # the task is as sound as before
+
+
 @pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])
 async def test_a_body_that_is_half_sent_when_the_server_stops_is_answered_and_soon(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, media_type: str

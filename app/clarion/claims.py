@@ -18,7 +18,7 @@ Those who look at the same time share a statement (`clarion/joint_claims.py`).
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from operator import attrgetter
@@ -68,6 +68,18 @@ class _Waiter:
         self.hints = dict.fromkeys(ask.queues, _Hint(0))
         self.wake = Signal()
 
+    async def woken(self, gone: Callable[[], Awaitable[None]]) -> None:
+        """Waits for a hint; the claimant's patience ends when he is gone."""
+
+        async def watch() -> None:
+            await gone()
+            self.patience.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await self.wake.wait()
+            group.cancel_scope.cancel()
+
 
 class Claims:
     """The claims of one process, `waiting` of them in line; without `run` and rings, who waits is served by no one."""
@@ -84,11 +96,18 @@ class Claims:
         self.waiting = 0
 
     async def claim(
-        self, ask: Ask, *, wait_seconds: float = 0, looking: Callable[[], None] = lambda: None
+        self,
+        ask: Ask,
+        *,
+        wait_seconds: float = 0,
+        looking: Callable[[], None] = lambda: None,
+        gone: Callable[[], Awaitable[None]] = anyio.sleep_forever,
     ) -> list[Lease]:
         """Leases in the order of the line; none when nothing came in time, or after `close`.
 
-        `looking` is called before each look: no lease began before the last of these calls.
+        `looking` is called before each look: no lease began before the last of these calls. `gone` returns when the
+        claimant has gone away, and does nothing irrevocable before: it is started and cancelled with each wait, which
+        it ends.
 
         Raises Overloaded when too many wait already, Unavailable in weather. When it is cancelled, a claim under way
         still comes to its end, and the leases are answered: whoever cancelled must hand them back.
@@ -98,7 +117,7 @@ class Claims:
             return (await self._take(ask, ask.queues))[0]
         with anyio.move_on_after(wait_seconds) as patience, self._in_line(ask, patience) as waiter:
             while not (leases := await self._follow_hints(waiter)):
-                await waiter.wake.wait()
+                await waiter.woken(gone)
                 looking()
             return leases
         return []

@@ -1,8 +1,8 @@
 """Workers behind the HTTP API, as people see them: what their claims and heartbeats say goes to the list of workers."""
 
+import time
 from uuid import UUID
 
-import anyio
 import msgspec
 
 from clarion.execution import Directive, WorkerRecord
@@ -32,7 +32,7 @@ class Roster:
         How many it runs its heartbeats say.
         """
         seen = self._seen.get(worker.id)
-        if seen and anyio.current_time() < seen.at + _CLAIM_EVERY_SECONDS:
+        if seen and time.monotonic() < seen.at + _CLAIM_EVERY_SECONDS:
             return seen.directive
         return await self._record(msgspec.structs.replace(worker, running=seen.running if seen else 0))
 
@@ -43,7 +43,7 @@ class Roster:
     async def _record(self, worker: WorkerRecord) -> Directive:
         directive = await self._store.record_worker(worker)
         self._seen.pop(worker.id, None)
-        self._seen[worker.id] = _Seen(anyio.current_time(), worker.running, directive)
+        self._seen[worker.id] = _Seen(time.monotonic(), worker.running, directive)
         if len(self._seen) > _SEEN_MAX:
             del self._seen[next(iter(self._seen))]
         return directive

@@ -6,6 +6,7 @@
 import hmac
 import re
 from enum import StrEnum
+from functools import lru_cache
 
 import msgspec
 from starlette.datastructures import Headers
@@ -53,9 +54,16 @@ def _refuse_other_names(headers: Headers) -> None:
     He lets his name stand for this machine's address (DNS rebinding), and to the browser his page is then of this very
     site. Nobody owns an address, a name without dots, or `localhost`.
     """
-    name = _HOST.sub(r"\1", headers.get("host", "")).rstrip(".").lower()
-    if "." in name and not name.endswith(".localhost") and not _ADDRESS.fullmatch(name):
+    name = _owned_name(headers.get("host", ""))
+    if name:
         raise Forbidden(f"a server without CLARION_API_TOKEN does not answer to the name {name[:100]!r}")
+
+
+@lru_cache(maxsize=32)
+def _owned_name(host: str) -> str:
+    """The name in a `Host` header, if it is one that somebody may own; else nothing."""
+    name = _HOST.sub(r"\1", host).rstrip(".").lower()
+    return name if "." in name and not name.endswith(".localhost") and not _ADDRESS.fullmatch(name) else ""
 
 
 def _refuse_other_sites(headers: Headers, permission: Permission) -> None:

@@ -15,14 +15,15 @@ from clarion.api.problems import answer_clarion_error, answer_http_exception
 from clarion.api.services import Services
 from clarion.errors import ClarionError
 
+# What is called once a job or more often comes first.
 OPERATIONS: tuple[Operation[Any, Any], ...] = (
     *jobs.OPERATIONS,
+    *attempt_ends.OPERATIONS,
+    *leases.OPERATIONS,
     *batch.OPERATIONS,
     *commands.OPERATIONS,
     *history.OPERATIONS,
     *dead.OPERATIONS,
-    *leases.OPERATIONS,
-    *attempt_ends.OPERATIONS,
     *workers.OPERATIONS,
     *health.OPERATIONS,
     *problem_pages.OPERATIONS,

@@ -70,14 +70,8 @@ def decode(body: bytes, kind: type[FormT]) -> FormT:
 
 def decode_query(query_string: bytes, kind: type[FormT]) -> FormT:
     """The query parameters as a struct; raises Invalid with every error."""
-    try:
-        pairs = parse_qsl(
-            query_string.decode(), keep_blank_values=True, errors="strict", max_num_fields=_QUERY_FIELDS_MAX
-        )
-    except ValueError as error:
-        raise Invalid(f"the query string cannot be read: {error}") from None
     values: dict[str, Any] = {}
-    errors = list(_query_errors(pairs, kind, values))
+    errors = list(_query_errors(_pairs(query_string), kind, values)) if query_string else []
     value = kind(**values)
     errors += value.broken_rules(FaultFinder())
     if errors:
@@ -167,6 +161,15 @@ def _member(
     except msgspec.ValidationError as error:
         yield FieldError(_in_words(error, field.type), pointer=at)
     return None
+
+
+def _pairs(query_string: bytes) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(
+            query_string.decode(), keep_blank_values=True, errors="strict", max_num_fields=_QUERY_FIELDS_MAX
+        )
+    except ValueError as error:
+        raise Invalid(f"the query string cannot be read: {error}") from None
 
 
 def _query_errors(pairs: Sequence[tuple[str, str]], kind: type[Form], values: dict[str, Any]) -> Iterator[FieldError]:

@@ -1,5 +1,6 @@
 """Leases over HTTP: claiming jobs, and keeping them while they run. How attempts end is in `attempt_ends`."""
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
@@ -30,10 +31,10 @@ from clarion.api.lease_answers import (
 from clarion.api.lease_bodies import LeaseOperation, TextOperation, lease_of, mended_heartbeat, mended_progress
 from clarion.api.lease_forms import HeartbeatIn, LeasesIn, LogsIn, ProgressIn
 from clarion.api.operation import Call, Operation, Reply
-from clarion.api.requests import disconnected
+from clarion.api.requests import disconnected, is_disconnected
 from clarion.api.services import Services
 from clarion.claims import Ask
-from clarion.errors import ClarionError, LeaseLost, NotFound, Overloaded, Unavailable, Unstorable
+from clarion.errors import LeaseLost, NotFound, Overloaded, Unavailable, Unstorable
 from clarion.events import Event
 from clarion.execution import Directive, Lease, Release, WorkerRecord
 from clarion.payload import FaultFinder
@@ -44,8 +45,8 @@ log = structlog.get_logger()
 _NAME_MAX_CHARS = 200
 _VERSION = "http"
 # A client that has hung up is noticed so many turns of the event loop later: its end is read, its connection closed,
-# `receive` woken, and who waits for that.
-_LAST_LOOK_TURNS = 4
+# the protocol told.
+_LAST_LOOK_TURNS = 3
 
 
 async def take_leases(call: Call[LeasesIn, Nothing]) -> Reply | ASGIApp:
@@ -119,35 +120,21 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], 
 
     A client that goes away waits no longer, and what was claimed for it is handed back.
     """
-    leases: list[Lease] = []
-    arrived = looked = anyio.current_time()
-    failure: ClarionError | None = None
-    gone = False
+    receive = call.request.receive
+    arrived = looked = time.monotonic()
 
     def looking() -> None:
         nonlocal looked
-        looked = anyio.current_time()
+        looked = time.monotonic()
 
-    async def watch_client(scope: anyio.CancelScope) -> None:
-        nonlocal gone
-        await disconnected(call.request.receive)
-        gone = True
-        scope.cancel()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch_client, group.cancel_scope)
-        try:
-            leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds, looking=looking)
-            for _ in range(_LAST_LOOK_TURNS if leases else 0):
-                await anyio.lowlevel.checkpoint()
-        except ClarionError as error:  # told outside of the group, which would wrap it
-            failure = error
-        group.cancel_scope.cancel()
-    if gone:
+    leases = await call.services.claims.claim(
+        ask, wait_seconds=call.body.wait_seconds, looking=looking, gone=partial(disconnected, receive)
+    )
+    for _ in range(_LAST_LOOK_TURNS if leases else 0):
+        await anyio.lowlevel.checkpoint()
+    if is_disconnected(receive):
         await _hand_back(call.services, leases)
         raise ClientDisconnect
-    if failure is not None:
-        raise failure
     return leases, looked - arrived
 
 

@@ -5,7 +5,7 @@ Plain ASGI: Starlette's BaseHTTPMiddleware runs the app in a second task and hid
 
 import re
 import time
-from uuid import uuid4
+from random import getrandbits
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,11 +36,12 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send)
-        with structlog.contextvars.bound_contextvars(request_id=exchange.request_id):
-            try:
-                await self._run(exchange)
-            finally:
-                exchange.log_line()
+        before = structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
+        try:
+            await self._run(exchange)
+        finally:
+            exchange.log_line()
+            structlog.contextvars.reset_contextvars(**before)
 
     async def _run(self, exchange: "Exchange") -> None:
         try:
@@ -110,4 +111,4 @@ class Exchange:
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{getrandbits(128):032x}"

@@ -180,8 +180,11 @@ class Endpoint:
 
 
 def routes(operations: Sequence[Operation[Any, Any]]) -> list[Route]:
-    """The operations as routes, one per path; literal paths first, before a pattern that would swallow them."""
-    paths = sorted({operation.path for operation in operations}, key=lambda path: ("{" in path, path))
+    """The operations as routes, one per path, in their order, in which they are tried for each request.
+
+    Literal paths come first, before a pattern that would swallow them.
+    """
+    paths = sorted(dict.fromkeys(operation.path for operation in operations), key=lambda path: "{" in path)
     return [Route(path, Endpoint([item for item in operations if item.path == path])) for path in paths]
 
 
