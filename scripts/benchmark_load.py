@@ -26,7 +26,7 @@ JSON = "application/json"
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """So many requests over so many connections, all of them alike; or, with `lease_from`, so many jobs of that queue,
-    each leased and completed by itself."""
+    each leased and completed by itself. Each connection pauses before it says the next thing."""
 
     connections: int
     requests: int
@@ -34,6 +34,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     content_type: str = JSON
     body: str = ""
     lease_from: str = ""
+    pause_seconds: float = 0
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -63,8 +64,9 @@ Conversation = Generator[bytes, Answer, None]
 class Connection(asyncio.Protocol):
     """One conversation on one connection; `ended` is called when nothing is left to say."""
 
-    def __init__(self, conversation: Conversation, ended: Callable[[], None]) -> None:
+    def __init__(self, conversation: Conversation, pause_seconds: float, ended: Callable[[], None]) -> None:
         self._conversation = conversation
+        self._pause_seconds = pause_seconds
         self._ended = ended
         self._received = bytearray()
         self._length = -1  # of the whole answer; below 0 as long as its head is not complete
@@ -94,7 +96,7 @@ class Connection(asyncio.Protocol):
             del self._received[: self._length]
             self._length = -1
             try:
-                self._transport.write(self._conversation.send(answer))
+                self._say(self._conversation.send(answer))
             except StopIteration:
                 self._end()
 
@@ -102,6 +104,12 @@ class Connection(asyncio.Protocol):
         """The server must not hang up in the middle of it."""
         if not self._over:
             sys.exit(f"the server hung up: {error}")
+
+    def _say(self, said: bytes) -> None:
+        if self._pause_seconds:
+            asyncio.get_running_loop().call_later(self._pause_seconds, self._transport.write, said)
+        else:
+            self._transport.write(said)
 
     def _end(self) -> None:
         self._over = True
@@ -154,7 +162,9 @@ async def drive(url: str, plan: Plan) -> Load:
     connections = []
     for _ in range(plan.connections):
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(conversation(plan, left), ended), address.hostname or "", address.port or 80
+            lambda: Connection(conversation(plan, left), plan.pause_seconds, ended),
+            address.hostname or "",
+            address.port or 80,
         )
         connections.append(connection)
     started = time.perf_counter()

@@ -9,8 +9,10 @@ from functools import partial
 
 import anyio
 import asyncpg
+import msgspec
 
 from benchmark_drain import claim
+from benchmark_load import Plan
 from benchmark_measure import Figure, Round, Sides, Target, Workload
 from benchmark_stack import Bench
 from clarion.execution import Completion, Ready
@@ -34,12 +36,9 @@ async def latency_of_worker(bench: Bench, queue: str) -> Round:
     """Single enqueues over HTTP, some time apart; until the handler looks at the clock."""
     await bench.reset()
     samples = bench.sizes.latency_samples
-    async with bench.api.client() as http:
-        for _ in range(samples):
-            answer = await http.post("/v1/jobs", json={"task": CLOCK, "queue": queue})
-            answer.raise_for_status()
-            await anyio.sleep(_PAUSE_SECONDS)
-        await http.get(answer.headers["location"], params={"wait": "30s"})
+    body = msgspec.json.encode({"task": CLOCK, "queue": queue}).decode()
+    await bench.load(bench.api, Plan(connections=1, requests=samples, body=body, pause_seconds=_PAUSE_SECONDS))
+    await bench.until(bench.is_empty)
     waits = [row["seconds"] for row in await bench.connection.fetch(_WAITS, queue)]
     return percentiles(waits, samples)
 
