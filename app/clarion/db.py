@@ -74,25 +74,23 @@ class Database:
 
     async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
         """All rows of one statement; committed when this returns."""
-        async with self._connection() as connection:
-            return await connection.fetch(sql, *args)
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:
         with translated_errors():
+            connection = await self._acquire()
             try:
-                # Where nobody need wait, a limit would only cost a task, and turns of the loop that others get first.
-                is_free = self._pool.get_idle_size() > 0
-                connection = await self._pool.acquire(timeout=None if is_free else self._acquire_timeout_seconds)
-            except TimeoutError as error:
-                if self._pool.get_idle_size() == 0 and self._pool.get_size() >= self._pool.get_max_size():
-                    raise Overloaded("every connection to the database is busy") from error
-                raise
-            try:
-                yield connection
+                return await connection.fetch(sql, *args)
             finally:
                 # Goes on when this is cancelled: the pool shields it.
                 await self._pool.release(connection, timeout=self._acquire_timeout_seconds)
+
+    async def _acquire(self) -> PoolConnectionProxy[asyncpg.Record]:
+        try:
+            # Where nobody need wait, a limit would only cost a task, and turns of the loop that others get first.
+            is_free = self._pool.get_idle_size() > 0
+            return await self._pool.acquire(timeout=None if is_free else self._acquire_timeout_seconds)
+        except TimeoutError as error:
+            if self._pool.get_idle_size() == 0 and self._pool.get_size() >= self._pool.get_max_size():
+                raise Overloaded("every connection to the database is busy") from error
+            raise
 
 
 @contextmanager
