@@ -70,8 +70,9 @@ class PlainEndings(Endings):
             case Release():
                 return (await self._plain.release_jobs([ending]))[0][0]
 
-    async def beat(self, beat: Beat) -> Heartbeat | None:
-        return next(iter(await self._plain.heartbeat_jobs([beat])), None)
+    async def beat_all(self, beats: Sequence[Beat]) -> list[Heartbeat | None]:
+        held = {answer.token: answer for answer in await self._plain.heartbeat_jobs(beats)}
+        return [held.get(beat.token) for beat in beats]
 
     async def log(self, lines: Sequence[LogLine]) -> Sequence[bool | None]:
         return await self._plain.record_logs(lines)
@@ -88,7 +89,7 @@ def services_over(store: Store, settings: Settings, *, enqueuer: Adder | None = 
         ringer=ringer,
         waits=Waits(store, settings),
         claims=Claims(store, settings),
-        roster=Roster(store),
+        roster=Roster(store, settings),
         settings=settings,
         draining=anyio.Event(),
     )

@@ -147,6 +147,19 @@ async def test_beats_of_many_leases_go_together(jobs: Jobs, endings: Endings, wa
     assert [len(beats) for beats in watched.beats] == [5]
 
 
+async def test_heartbeats_of_workers_that_hold_many_leases_go_together(
+    jobs: Jobs, endings: Endings, watched: Watched
+) -> None:
+    leases = [await jobs.run() for _ in range(6)]
+    held, more = leases[:4], leases[4:]
+    calls = [[beat(lease) for lease in held], [beat(more[0]), beat(with_token(more[0], more[1].token))], []]
+    answers = await together(endings, *[endings.beat_all(beats) for beats in calls])
+    assert [[answer and answer.token for answer in of_call] for of_call in answers] == [
+        [lease.token for lease in held], [more[0].token, None], [],
+    ]  # fmt: skip
+    assert [len(beats) for beats in watched.beats] == [6]
+
+
 async def test_two_beats_of_one_lease_in_a_batch_both_have_their_say(
     jobs: Jobs, endings: Endings, watched: Watched
 ) -> None:

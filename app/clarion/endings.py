@@ -7,12 +7,13 @@ again with the same token.
 
 from asyncio import Future
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
 from anyio.abc import TaskGroup
 
-from clarion.batcher import Batcher
+from clarion.batcher import Batcher, rounds_of_distinct
 from clarion.execution import Beat, Completed, Completion, Ended, Failure, Heartbeat, LogLine, Release, Snoozing
 from clarion.job import DeadReason, JobState
 from clarion.settings import Settings
@@ -23,6 +24,9 @@ from clarion.wake import Ringer
 _BATCH_MAX = Settings().batch_max
 # Calls with log lines hold up to a thousand each.
 _LINES_BATCH_MAX = 20
+# What a heartbeat is taken to weigh besides what it says, since calls hold up to a thousand too: one statement then
+# extends some 2,000 leases.
+_BEAT_BYTES = 4 << 10
 
 Ending = Completion | Failure | Snoozing | Release
 
@@ -46,9 +50,7 @@ class Endings:
         )
         self._snoozings: Batcher[Snoozing, Ended] = Batcher(self._snooze, **limits)
         self._releases: Batcher[Release, Ended] = Batcher(self._release, **limits)
-        self._beats: Batcher[Beat, Heartbeat | None] = Batcher(
-            self._beat, **limits, weigh=lambda beat: len(beat.checkpoint or "") + len(beat.progress or "")
-        )
+        self._beats: Batcher[Sequence[Beat], list[Heartbeat | None]] = Batcher(self._beat, **limits, weigh=_weigh_beats)
         self._lines: Batcher[Sequence[LogLine], Sequence[bool | None]] = Batcher(
             self._log, batch_max=min(batch_max, _LINES_BATCH_MAX), buffer_max=buffer_max
         )
@@ -88,7 +90,11 @@ class Endings:
 
     async def beat(self, beat: Beat) -> Heartbeat | None:
         """Extends one lease; None where it is lost."""
-        return await self._beats.submit(beat)
+        return (await self.beat_all([beat]))[0]
+
+    async def beat_all(self, beats: Sequence[Beat]) -> list[Heartbeat | None]:
+        """Extends leases; one answer each, in order, None where one is lost."""
+        return await self._beats.submit(beats)
 
     async def log(self, lines: Sequence[LogLine]) -> Sequence[bool | None]:
         """Keeps log lines of one attempt, in order; see `record_logs`."""
@@ -109,29 +115,20 @@ class Endings:
         self._ringer.mark(scheduled=any(answer.state == JobState.SCHEDULED for answer in answers))
         return answers
 
-    async def _beat(self, beats: Sequence[Beat]) -> list[Heartbeat | None]:
+    async def _beat(self, calls: Sequence[Sequence[Beat]]) -> list[list[Heartbeat | None]]:
         # Of one lease twice in a batch, both answers are alike; what the two have to say must not be lost, though.
         held: dict[tuple[UUID, UUID], Heartbeat] = {}
-        for round_of_beats in _one_per_token(beats):
-            held |= {(answer.id, answer.token): answer for answer in await self._store.heartbeat_jobs(round_of_beats)}
-        return [held.get((beat.id, beat.token)) for beat in beats]
+        for distinct in rounds_of_distinct([beat for beats in calls for beat in beats], key=attrgetter("token")):
+            held |= {(answer.id, answer.token): answer for answer in await self._store.heartbeat_jobs(distinct)}
+        return [[held.get((beat.id, beat.token)) for beat in beats] for beats in calls]
 
     async def _log(self, calls: Sequence[Sequence[LogLine]]) -> list[Sequence[bool | None]]:
         kept = iter(await self._store.record_logs([line for lines in calls for line in lines]))
         return [[next(kept) for _ in lines] for lines in calls]
 
 
-def _one_per_token(beats: Sequence[Beat]) -> list[list[Beat]]:
-    """The beats in rounds of distinct leases, each lease's in their order; nearly always one round."""
-    rounds: list[list[Beat]] = []
-    seen: dict[UUID, int] = {}
-    for beat in beats:
-        turn = seen.get(beat.token, 0)
-        seen[beat.token] = turn + 1
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(beat)
-    return rounds
+def _weigh_beats(beats: Sequence[Beat]) -> int:
+    return sum(_BEAT_BYTES + len(beat.checkpoint or "") + len(beat.progress or "") for beat in beats)
 
 
 def unstorable(outcome: Ending, reason: str) -> Failure:

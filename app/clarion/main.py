@@ -41,12 +41,14 @@ async def running_services(store: Store, settings: Settings) -> AsyncIterator[Se
     ringer = Ringer(store, settings, on_ready=claims.expect)
     enqueuer = Enqueuer(store, ringer, settings)
     endings = Endings(store, ringer, buffer_max=settings.enqueue_buffer_max_jobs, batch_max=settings.batch_max)
+    roster = Roster(store, settings)
     waits = Waits(store, settings)
     listener = Listener(settings, on_ring=claims.hear, on_connect=claims.look_everywhere)
     async with anyio.create_task_group() as group:
         group.start_soon(enqueuer.run)
         group.start_soon(waits.run)
         group.start_soon(claims.run)
+        group.start_soon(roster.run)
         group.start_soon(listener.run)
         group.start_soon(partial(run_forever, ringer.step, name="ring"))
         endings.start(group)
@@ -57,7 +59,7 @@ async def running_services(store: Store, settings: Settings) -> AsyncIterator[Se
             ringer=ringer,
             waits=waits,
             claims=claims,
-            roster=Roster(store),
+            roster=roster,
             settings=settings,
             draining=anyio.Event(),
         )

@@ -1,11 +1,15 @@
 """Workers behind the HTTP API, as people see them: what their claims and heartbeats say goes to the list of workers."""
 
 import time
+from collections.abc import Sequence
+from operator import attrgetter
 from uuid import UUID
 
 import msgspec
 
+from clarion.batcher import Batcher, rounds_of_distinct
 from clarion.execution import Directive, WorkerRecord
+from clarion.settings import Settings
 from clarion.store import Store
 
 # A worker that claims again and again without a heartbeat, since it holds nothing, is recorded so often.
@@ -20,11 +24,18 @@ class _Seen(msgspec.Struct, frozen=True):
 
 
 class Roster:
-    """What this process has recorded lately of whom."""
+    """What this process has recorded lately of whom; `run` must be running, unless each record is its own statement."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
+        self._records: Batcher[WorkerRecord, Directive] = Batcher(
+            self._flush, batch_max=settings.batch_max, buffer_max=settings.enqueue_buffer_max_jobs
+        )
         self._seen: dict[UUID, _Seen] = {}
+
+    async def run(self) -> None:
+        """Serves the others until it is cancelled."""
+        await self._records.run()
 
     async def note_claim(self, worker: WorkerRecord) -> Directive:
         """Records a worker that asks for jobs, unless it was recorded just now; what it is told to do.
@@ -41,9 +52,15 @@ class Roster:
         return await self._record(worker)
 
     async def _record(self, worker: WorkerRecord) -> Directive:
-        directive = await self._store.record_worker(worker)
+        directive = await self._records.submit(worker)
         self._seen.pop(worker.id, None)
         self._seen[worker.id] = _Seen(time.monotonic(), worker.running, directive)
         if len(self._seen) > _SEEN_MAX:
             del self._seen[next(iter(self._seen))]
         return directive
+
+    async def _flush(self, workers: Sequence[WorkerRecord]) -> list[Directive]:
+        told: dict[UUID, Directive] = {}
+        for distinct in rounds_of_distinct(workers, key=attrgetter("id")):
+            told |= zip((worker.id for worker in distinct), await self._store.record_workers(distinct), strict=True)
+        return [told[worker.id] for worker in workers]

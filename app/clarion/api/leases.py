@@ -66,12 +66,15 @@ async def take_leases(call: Call[LeasesIn, Nothing]) -> Reply | ASGIApp:
 
 
 async def heartbeat(call: Call[HeartbeatIn, Nothing]) -> Reply:
-    """Extends leases, in one statement; says which are lost or to be ended, and whether the worker is to stop."""
+    """Extends leases; says which are lost or to be ended, and whether the worker is to stop.
+
+    All leases of a call are in one statement, with those of other workers that call at the same time.
+    """
     services, body = call.services, call.body
     judge = partial(body.to_beats, FaultFinder())
     beats, refused = judge() if call.share.held_bytes <= INLINE_MAX_BYTES else await anyio.to_thread.run_sync(judge)
-    answers = await services.store.heartbeat_jobs(list(beats.values())) if beats else []
-    held = {answer.token: answer for answer in answers}
+    answers = await services.endings.beat_all(list(beats.values())) if beats else []
+    held = {answer.token: answer for answer in answers if answer is not None}
     lost = [beat.id for beat in beats.values() if beat.token not in held]
     states = await services.store.find_states(lost) if lost else {}
     directive = await services.roster.note_heartbeat(_record(body.worker, "", running=len(body.leases)))

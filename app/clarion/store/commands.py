@@ -4,11 +4,30 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-import asyncpg
+import msgspec
 
 from clarion.errors import Unavailable
 from clarion.job import Cancelling, Enqueued, JobChange, NewJob, Requeued
 from clarion.store.statement_runner import StatementRunner, columns
+
+
+class _Added(msgspec.Struct, frozen=True, gc=False):
+    """A row of `enqueue_jobs`, which leaves out the moments that are the same for most; `moment` is in the first."""
+
+    id: UUID
+    state: str
+    created_at: datetime | None
+    run_at: datetime | None
+    request: str | None
+    sort_key: datetime | None
+    moment: datetime | None
+
+    def enqueued(self, moment: datetime) -> Enqueued:
+        """The answer, all moments told."""
+        run_at = self.run_at or moment
+        if self.created_at is not None or not self.state:
+            return Enqueued(self.id, self.state, self.created_at or moment, run_at, self.request, None)
+        return Enqueued(self.id, self.state, moment, run_at, self.request, self.sort_key or run_at)
 
 
 class Commands(StatementRunner):
@@ -28,7 +47,7 @@ class Commands(StatementRunner):
             ),
             self._settings.idempotency_ttl_seconds,
         )  # fmt: skip
-        added = [_enqueued(rows[0]["moment"], row) for row in rows]
+        added = [_Added(*row).enqueued(rows[0]["moment"]) for row in rows]
         if not all(job.id for job in added):
             raise Unavailable("an idempotency key ran out while it was looked up: try again")
         return added
@@ -69,12 +88,3 @@ class Commands(StatementRunner):
     async def drain_worker(self, worker_id: UUID) -> bool:
         """Tells a worker to finish what it runs and exit; False when there is no such worker."""
         return bool(await self._fetch("drain_worker", worker_id))
-
-
-def _enqueued(moment: datetime, row: asyncpg.Record) -> Enqueued:
-    """A row of `enqueue_jobs`, which does not say what is the same for most."""
-    job_id, state, created_at, run_at, request, sort_key, _ = row
-    run_at = run_at or moment
-    if created_at is not None or not state:
-        return Enqueued(job_id, state, created_at or moment, run_at, request, None)
-    return Enqueued(job_id, state, moment, run_at, request, sort_key or run_at)

@@ -148,8 +148,19 @@ class Execution(StatementRunner):
 
     async def record_worker(self, worker: WorkerRecord) -> Directive:
         """Says that a worker is alive; what it is told to do."""
-        rows = await self._fetch("record_worker", *msgspec.structs.astuple(worker))
-        return Directive(rows[0]["directive"])
+        return (await self.record_workers([worker]))[0]
+
+    async def record_workers(self, workers: Sequence[WorkerRecord]) -> list[Directive]:
+        """The same of many, which are distinct; one answer each, in order."""
+        rows = await self._fetch(
+            "record_workers",
+            *columns(workers, "id", "name", "version"),
+            [msgspec.json.encode(worker.queues).decode() for worker in workers],
+            [msgspec.json.encode(worker.tasks).decode() for worker in workers],
+            *columns(workers, "concurrency", "running", "state"),
+        )
+        told = {row["id"]: Directive(row["directive"]) for row in rows}
+        return [told[worker.id] for worker in workers]
 
     async def find_standings(self, worker_id: UUID, *, gone_seconds: float) -> list[Standing]:
         """Where a worker stands among those that hear the rings of its queues; not seen for so long, one is gone."""
