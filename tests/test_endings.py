@@ -160,6 +160,20 @@ async def test_heartbeats_of_workers_that_hold_many_leases_go_together(
     assert [len(beats) for beats in watched.beats] == [6]
 
 
+async def test_a_call_with_large_checkpoints_goes_by_itself(jobs: Jobs, endings: Endings, watched: Watched) -> None:
+    leases = [await jobs.run() for _ in range(4)]
+    large = f'"{"x" * 300_000}"'
+    calls = [[beat(leases[0])], [beat(leases[1], checkpoint=large), beat(leases[2])], [beat(leases[3])]]
+    answers = await together(endings, *[endings.beat_all(beats) for beats in calls])
+    assert [[answer and answer.id for answer in of_call] for of_call in answers] == [
+        [one.id for one in of_call] for of_call in calls
+    ]
+    assert sorted([one.id for one in beats] for beats in watched.beats) == sorted(
+        [[leases[0].id, leases[3].id], [leases[1].id, leases[2].id]]
+    )
+    assert (await jobs.job(leases[1].id)).checkpoint == large
+
+
 async def test_two_beats_of_one_lease_in_a_batch_both_have_their_say(
     jobs: Jobs, endings: Endings, watched: Watched
 ) -> None:

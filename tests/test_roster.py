@@ -12,6 +12,7 @@ from clarion.execution import Directive, WorkerRecord
 from clarion.roster import Roster
 from clarion.settings import Settings
 from clarion.store import Store
+from store_actions import Session
 
 
 class Watched(Store):
@@ -95,6 +96,28 @@ async def test_what_a_worker_says_twice_at_once_is_kept_both_times(roster: Roste
         roster.note_heartbeat(beating(worker_id, running=3)),
         roster.note_heartbeat(beating(uuid4(), running=1)),
     )
-    assert store.recorded == [2, 1]
+    assert store.recorded == [2]
     worker = next(worker for worker in await store.list_workers(limit=100) if worker.id == worker_id)
-    assert (worker.name, worker.queues, worker.running) == ("box", ["a"], 3)
+    assert (worker.name, worker.queues, worker.concurrency, worker.running) == ("box", ["a"], 4, 3)
+
+
+async def test_a_worker_that_beats_before_it_claims_is_known_by_its_claim(roster: Roster, store: Watched) -> None:
+    worker_id = uuid4()
+    await store.record_worker(beating(worker_id, running=1))
+    await together(roster, roster.note_claim(claimant(worker_id, "a")))
+    (worker,) = await store.list_workers(limit=100)
+    assert (worker.name, worker.queues, worker.tasks, worker.concurrency) == ("box", ["a"], ["a b", 'c"'], 4)
+
+
+async def test_a_locked_row_holds_up_nobody(roster: Roster, store: Watched, settings: Settings) -> None:
+    ids = [uuid4() for _ in range(4)]
+    for worker_id in ids:
+        await store.record_worker(beating(worker_id, running=0))
+    async with Session.open(settings) as session:
+        await session.fetch("update clarion.workers set directive = 'drain' where id = $1", ids[1])
+        told = await together(roster, *[roster.note_heartbeat(beating(worker_id, running=5)) for worker_id in ids])
+        assert told == [Directive.OK] * 4
+        await session.commit()
+    running = {worker.id: worker.running for worker in await store.list_workers(limit=100)}
+    assert [running[worker_id] for worker_id in ids] == [5, 0, 5, 5]
+    assert await store.record_worker(beating(ids[1], running=5)) is Directive.DRAIN

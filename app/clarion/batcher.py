@@ -232,19 +232,6 @@ class Batchers(Generic[Kind, Item, Answer]):
         del self._batchers[kind]  # nobody came in between: nothing was awaited since
 
 
-def rounds_of_distinct(items: Sequence[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
-    """The items in rounds in which each has a key of its own, those of one key in their order; nearly always one."""
-    rounds: list[list[Item]] = []
-    seen: dict[Hashable, int] = {}
-    for item in items:
-        turn = seen.get(key(item), 0)
-        seen[key(item)] = turn + 1
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(item)
-    return rounds
-
-
 def _fail(batch: Sequence[_Waiting[Item, Answer]], error: ClarionError) -> None:
     for _, answered in batch:
         if not answered.done():

@@ -7,13 +7,12 @@ again with the same token.
 
 from asyncio import Future
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
 from anyio.abc import TaskGroup
 
-from clarion.batcher import Batcher, rounds_of_distinct
+from clarion.batcher import Batcher
 from clarion.execution import Beat, Completed, Completion, Ended, Failure, Heartbeat, LogLine, Release, Snoozing
 from clarion.job import DeadReason, JobState
 from clarion.settings import Settings
@@ -24,9 +23,11 @@ from clarion.wake import Ringer
 _BATCH_MAX = Settings().batch_max
 # Calls with log lines hold up to a thousand each.
 _LINES_BATCH_MAX = 20
-# What a heartbeat is taken to weigh besides what it says, since calls hold up to a thousand too: one statement then
-# extends some 2,000 leases.
+# What a heartbeat is taken to weigh besides what it says, since calls hold up to a thousand too: a statement that
+# extends more than 2,000 leases takes no further call.
 _BEAT_BYTES = 4 << 10
+# A call that says more than this goes by itself: nobody's lease is to wait for another's checkpoints to be written.
+_LARGE_BYTES = 256 << 10
 
 Ending = Completion | Failure | Snoozing | Release
 
@@ -94,6 +95,8 @@ class Endings:
 
     async def beat_all(self, beats: Sequence[Beat]) -> list[Heartbeat | None]:
         """Extends leases; one answer each, in order, None where one is lost."""
+        if _said_bytes(beats) > _LARGE_BYTES:
+            return (await self._beat([beats]))[0]
         return await self._beats.submit(beats)
 
     async def log(self, lines: Sequence[LogLine]) -> Sequence[bool | None]:
@@ -118,7 +121,7 @@ class Endings:
     async def _beat(self, calls: Sequence[Sequence[Beat]]) -> list[list[Heartbeat | None]]:
         # Of one lease twice in a batch, both answers are alike; what the two have to say must not be lost, though.
         held: dict[tuple[UUID, UUID], Heartbeat] = {}
-        for distinct in rounds_of_distinct([beat for beats in calls for beat in beats], key=attrgetter("token")):
+        for distinct in _one_per_token([beat for beats in calls for beat in beats]):
             held |= {(answer.id, answer.token): answer for answer in await self._store.heartbeat_jobs(distinct)}
         return [[held.get((beat.id, beat.token)) for beat in beats] for beats in calls]
 
@@ -127,8 +130,25 @@ class Endings:
         return [[next(kept) for _ in lines] for lines in calls]
 
 
+def _one_per_token(beats: Sequence[Beat]) -> list[list[Beat]]:
+    """The beats in rounds of distinct leases, each lease's in their order; nearly always one round."""
+    rounds: list[list[Beat]] = []
+    seen: dict[UUID, int] = {}
+    for beat in beats:
+        turn = seen.get(beat.token, 0)
+        seen[beat.token] = turn + 1
+        if turn == len(rounds):
+            rounds.append([])
+        rounds[turn].append(beat)
+    return rounds
+
+
 def _weigh_beats(beats: Sequence[Beat]) -> int:
-    return sum(_BEAT_BYTES + len(beat.checkpoint or "") + len(beat.progress or "") for beat in beats)
+    return _BEAT_BYTES * len(beats) + _said_bytes(beats)
+
+
+def _said_bytes(beats: Sequence[Beat]) -> int:
+    return sum(len(beat.checkpoint or "") + len(beat.progress or "") for beat in beats)
 
 
 def unstorable(outcome: Ending, reason: str) -> Failure:

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from operator import attrgetter
 from uuid import UUID
 
 import msgspec
 
-from clarion.batcher import Batcher, rounds_of_distinct
+from clarion.batcher import Batcher
 from clarion.execution import Directive, WorkerRecord
 from clarion.settings import Settings
 from clarion.store import Store
@@ -60,7 +59,15 @@ class Roster:
         return directive
 
     async def _flush(self, workers: Sequence[WorkerRecord]) -> list[Directive]:
-        told: dict[UUID, Directive] = {}
-        for distinct in rounds_of_distinct(workers, key=attrgetter("id")):
-            told |= zip((worker.id for worker in distinct), await self._store.record_workers(distinct), strict=True)
+        latest: dict[UUID, WorkerRecord] = {}
+        for worker in workers:
+            latest[worker.id] = _together(latest.get(worker.id), worker)
+        told = dict(zip(latest, await self._store.record_workers(list(latest.values())), strict=True))
         return [told[worker.id] for worker in workers]
+
+
+def _together(before: WorkerRecord | None, now: WorkerRecord) -> WorkerRecord:
+    """What a worker said twice, as one record: a heartbeat names no queues, and leaves what a claim has said."""
+    if before is None or now.queues:
+        return now
+    return msgspec.structs.replace(before, running=now.running, state=now.state)

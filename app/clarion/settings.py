@@ -56,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     batch_body_max_bytes: Annotated[int, Meta(ge=1024, description="Largest JSON body of a batch.")] = 33_554_432
     batch_max_jobs: Annotated[int, Meta(ge=1, le=10_000, description="Most jobs in one JSON batch.")] = 1_000
     enqueue_buffer_max_jobs: Annotated[
-        int, Meta(ge=1, description="Single enqueues waiting for a commit before 503.")
+        int, Meta(ge=1, description="Calls of one kind (single enqueues, heartbeats…) waiting for a commit before 503.")
     ] = 10_000
     batch_max: Annotated[
         int,

@@ -125,17 +125,21 @@ async def _claim(call: Call[LeasesIn, Nothing], ask: Ask) -> tuple[list[Lease], 
     """
     receive = call.request.receive
     arrived = looked = time.monotonic()
+    is_gone = False
 
     def looking() -> None:
         nonlocal looked
         looked = time.monotonic()
 
-    leases = await call.services.claims.claim(
-        ask, wait_seconds=call.body.wait_seconds, looking=looking, gone=partial(disconnected, receive)
-    )
+    async def gone() -> None:
+        nonlocal is_gone
+        await disconnected(receive)
+        is_gone = True
+
+    leases = await call.services.claims.claim(ask, wait_seconds=call.body.wait_seconds, looking=looking, gone=gone)
     for _ in range(_LAST_LOOK_TURNS if leases else 0):
         await anyio.lowlevel.checkpoint()
-    if is_disconnected(receive):
+    if is_gone or is_disconnected(receive):
         await _hand_back(call.services, leases)
         raise ClientDisconnect
     return leases, looked - arrived
