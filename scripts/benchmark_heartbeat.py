@@ -10,7 +10,7 @@ import msgspec
 
 from benchmark_measure import Figure, Round, Sides, SkippedError, Target, Workload, cpu_seconds
 from benchmark_stack import Bench, Launched, WorkerPlan
-from clarion.db import connect
+from clarion.db import close_connection, connect
 from verification import VerificationError
 
 _LEASE_SECONDS = 2.0
@@ -114,7 +114,7 @@ async def beat_bare(bench: Bench) -> Round:
         for _ in range(_SETTLING_BEATS):
             await connection.execute(_BEAT_BARE, *columns)
     finally:
-        await connection.close()
+        await close_connection(connection)
     before = await updates(bench, _FLOOR_SESSIONS)
     connection = await connect(bench.settings, name="floor")
     try:
@@ -126,7 +126,7 @@ async def beat_bare(bench: Bench) -> Round:
             await connection.execute(_BEAT_BARE, *columns)
         spent = cpu_seconds(pid) - started
     finally:
-        await connection.close()
+        await close_connection(connection)
     return round_of(spent, beats * jobs, hot=(await updates(bench, _FLOOR_SESSIONS)).share_since(before))
 
 

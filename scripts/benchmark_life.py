@@ -15,7 +15,7 @@ import msgspec
 from benchmark_drain import drain_by
 from benchmark_measure import Figure, Round, Sides, SkippedError, Target, Workload
 from benchmark_stack import NOTHING, Bench, Launched, opened
-from clarion.db import Locked, connect
+from clarion.db import Locked, close_connection, connect
 from clarion.store import Store
 
 # -- backlog
@@ -162,7 +162,7 @@ async def drop_old_day(bench: Bench, *, once_gone: UUID) -> float:
             pass
         return time.perf_counter() - started
     finally:
-        await connection.close()
+        await close_connection(connection)
 
 
 async def _dropped(store: Store) -> bool:

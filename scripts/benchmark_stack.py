@@ -23,7 +23,7 @@ from anyio.abc import Process
 
 from benchmark_load import Load, Plan
 from benchmark_measure import CpuMeter, Round, Sizes, family, postmaster_of
-from clarion.db import connect
+from clarion.db import close_connection, connect
 from clarion.execution import Ready
 from clarion.settings import PREFIX, Settings
 from clarion.store import Store
@@ -167,7 +167,7 @@ class Bench(msgspec.Struct, frozen=True):
         try:
             yield Store(connection, self.settings)
         finally:
-            await connection.close()
+            await close_connection(connection)
 
     @asynccontextmanager
     async def looking_on(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
@@ -176,7 +176,7 @@ class Bench(msgspec.Struct, frozen=True):
         try:
             yield connection
         finally:
-            await connection.close()
+            await close_connection(connection)
 
     @asynccontextmanager
     async def held_snapshot(self) -> AsyncIterator[None]:
@@ -330,7 +330,7 @@ async def opened(settings: Settings, sizes: Sizes, logs: Path, *, with_api: bool
             else:
                 yield bench
     finally:
-        await connection.close()
+        await close_connection(connection)
 
 
 async def _end(process: Process, seconds: float) -> None:

@@ -15,6 +15,7 @@ from benchmark_drain import claim
 from benchmark_load import Plan
 from benchmark_measure import Figure, Round, Sides, Target, Workload
 from benchmark_stack import Bench
+from clarion.db import close_connection
 from clarion.execution import Completion, Ready
 from clarion.job import NewJob
 from clarion.wake import CHANNEL, Ring, encode_ring
@@ -60,7 +61,7 @@ async def latency_of_bare_calls(bench: Bench) -> Round:
             waits.append(time.time() - lease.run_at.timestamp())
             await claiming.complete_jobs([Completion(lease.id, lease.token)])
             await anyio.sleep(_PAUSE_SECONDS)
-    await listener.close()
+    await close_connection(listener)
     return percentiles(waits, bench.sizes.latency_samples)
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from clarion.db import close_connection
 from clarion.embedded import running_postgres
 
 _LINE_SECONDS = 60.0
@@ -266,7 +267,7 @@ async def database(target: Deployment) -> AsyncIterator["asyncpg.Connection[asyn
     try:
         yield connection
     finally:
-        await connection.close()
+        await close_connection(connection)
 
 
 @contextmanager
