@@ -181,6 +181,8 @@ def main() -> None:
     """Measures, or reads what was measured; prints and draws it."""
     options = parser().parse_args()
     # Ended as Ctrl-C ends it, so that nothing that it started outlives it.
+    # Shells start what is to run in their background with Ctrl-C ignored, and so this would be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         run = read_run(options.from_json) if options.from_json else measured_run(options)

@@ -305,6 +305,8 @@ def run(main: Any, options: argparse.Namespace) -> None:
     """Runs `main(options)`, which answers a report; prints the verdict and exits 1 if anything was not as promised."""
     began = time.monotonic()
     # Ended as Ctrl-C ends it, so that nothing that it started outlives it.
+    # Shells start what is to run in their background with Ctrl-C ignored, and so this would be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         report = _report_of(main, options)

@@ -227,7 +227,8 @@ async def test_a_tiny_run_measures_each_side_and_can_be_shown_again(tmp_path: Pa
 async def test_an_interrupted_run_leaves_no_process_behind() -> None:
     # More rounds than it will ever come to.
     flags = ("--quick", "--scale", "0.02", "--only", "concurrency", "--rounds", "1000")
-    command = [sys.executable, str(SCRIPT), *flags]
+    # As a shell starts it in its background: with Ctrl-C ignored.
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, str(SCRIPT), *flags]
     async with await anyio.open_process(command, start_new_session=True) as process:
         began: set[int] = set()
         # Postgres, a scheduler, an API, and some of the workers.

@@ -21,6 +21,7 @@ async def test_verify_e2e_proves_that_a_killed_worker_loses_nothing() -> None:
     # The time to take over is checked by CI in a run of its own; here the machine is shared with the other tests.
     command = [SCRIPTS / "verify_e2e.py", "--json", "--files", "1500", "--takeover-seconds", "60"]
     done = await anyio.run_process([str(part) for part in command], check=False)
+    assert done.stdout, done.stderr.decode()
     report = json.loads(done.stdout)
     assert report["ok"], report
     assert [check["ok"] for check in report["checks"]] == [True] * 5
