@@ -106,9 +106,7 @@ class JobIn(Form, frozen=True, kw_only=True, gc=False):
         """The record that is stored, without a key."""
         args = "{}" if self.args is UNSET else str(bytes(self.args), "utf-8")
         if self._is_plain:
-            return NewJob(
-                task=self.task, queue=self.queue, args=args, priority=self.priority, enqueued_by=enqueued_by
-            )  # fmt: skip
+            return NewJob(task=self.task, queue=self.queue, args=args, priority=self.priority, enqueued_by=enqueued_by)
         return NewJob(
             task=self.task,
             queue=self.queue,
@@ -136,10 +134,11 @@ class JobIn(Form, frozen=True, kw_only=True, gc=False):
         return None if value is None else seconds_in(name, value)
 
 
-_CHOICES = attrgetter(
-    "run_at", "delay", "start_by", "start_within", "total_timeout", "max_attempts", "timeout", "backoff", "backoff_cap"
-)
-_NONE_CHOSEN = (None,) * 9
+# Of the fields, those that `broken_rules` and `to_new_job` treat alike in every job; all others are left open by most.
+_OF_EVERY_JOB = {"task", "queue", "args", "priority", "idempotency_key"}
+_OPEN = [name for name in JobIn.__struct_fields__ if name not in _OF_EVERY_JOB]
+_CHOICES = attrgetter(*_OPEN)
+_NONE_CHOSEN = (None,) * len(_OPEN)
 
 
 class BatchIn(Form, frozen=True, kw_only=True):
